@@ -1,0 +1,110 @@
+"""What fold_impl offers to a parity harness: build, step, read back, replay, taps, fault points.
+
+Owns the translation between an engine and the harness's structural protocol. Must not import the
+harness. Easy to get wrong: gradients are read after reduction and before clipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fold_impl.config import FoldConfig
+from fold_impl.engine import NativeEngine, build_engine
+from fold_impl.families import Placement
+from fold_impl.points import POINTS, Points, Transform
+
+
+class FoldImplementation:
+    """One folded (or, with all sizes 1, plain) training engine under test."""
+
+    name = "fold_impl"
+    fault_points: Mapping[str, str] = POINTS
+
+    def __init__(self) -> None:
+        self._points = Points()
+        self._engine: NativeEngine
+        self._gradients: dict[str, Tensor | None] = {}
+        self._routing: list[list[Tensor]] = []
+        self._replay: Sequence[Sequence[Tensor]] | None = None
+        self._taps: dict[str, list[Tensor]] = {}
+
+    def build(self, model: nn.Module, config: Mapping[str, Any], context: Any) -> None:
+        """Fold the model over the ranks of the context."""
+        parsed = FoldConfig.from_dict(dict(config), world_size=context.layout.world)
+        self._engine = build_engine(
+            model, parsed, context.rank, new_group=context.new_group, points=self._points
+        )
+
+    def step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Accumulate the micro-batches and update once."""
+        engine, losses = self._engine, []
+        self._routing = []
+        for index, batch in enumerate(micro_batches):
+            self._force(index)
+            loss = engine(**batch)
+            engine.backward(loss)
+            losses.append(float(loss.detach()))
+            self._routing.append([layer.indices_TK for layer in engine.moe_layers()])
+            if engine.is_gradient_accumulation_boundary():
+                engine.allreduce_gradients()
+                self._gradients = self._copied_gradients()
+            engine.step()
+        return losses
+
+    def _force(self, micro_batch: int) -> None:
+        for index, layer in enumerate(self._engine.moe_layers()):
+            layer.forced_TK = self._replay and self._replay[micro_batch][index]
+
+    def _copied_gradients(self) -> dict[str, Tensor | None]:
+        return {
+            p.name: None if p.parameter.grad is None else p.parameter.grad.clone()
+            for p in self._engine.folded_parameters
+        }
+
+    def placements(self) -> dict[str, Placement]:
+        """Family and cuts of every parameter."""
+        return {p.name: p.placement for p in self._engine.folded_parameters}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """This rank's part of every parameter."""
+        return {p.name: p.parameter.detach() for p in self._engine.folded_parameters}
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """This rank's part of every gradient of the last step, reduced, not clipped."""
+        return self._gradients
+
+    def grad_norm(self) -> float:
+        """The engine's global norm of the last step."""
+        norm = self._engine.get_global_grad_norm()
+        assert norm is not None, "grad_norm() is asked for after a step"
+        return norm
+
+    def routing(self) -> list[list[Tensor]]:
+        """[micro-batch][layer] -> (T, K) experts chosen in the last step."""
+        return self._routing
+
+    def replay(self, routing: Sequence[Sequence[Tensor]] | None) -> None:
+        """Force the experts of the next steps: [micro-batch][layer] -> (T, K); None: own choice."""
+        self._replay = routing
+
+    def plant(self, point: str, transform: Transform) -> None:
+        """Transform the value that passes a named point, in forward, reduction or step."""
+        self._points.plant(point, transform)
+
+    def taps(self, names: Sequence[str]) -> dict[str, list[Tensor]]:
+        """Start to record tensors at named points; the result fills as steps run."""
+        for name in names:
+            record = self._taps.setdefault(name, [])
+            self._points.plant(name, _recorder(record))
+        return self._taps
+
+
+def _recorder(record: list[Tensor]) -> Transform:
+    def watch(value: Tensor, **_: Any) -> Tensor:
+        record.append(value.detach().clone())
+        return value
+
+    return watch

@@ -1,0 +1,267 @@
+"""Turn an ordinary model into a folded one: find its MoE blocks and linears, cut, replace.
+
+Owns the reading of a preset and the cutting of weights. Must not know optimizers or collectives.
+Easy to get wrong: a parameter keeps the name it had in the original model, whatever now holds it,
+because checkpoints and comparisons speak in those names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fold_impl.config import ConfigError
+from fold_impl.dispatch import scatter_share
+from fold_impl.experts import ExpertNames, RoutedExperts
+from fold_impl.families import Family, FoldedParameter, Placement, Shard
+from fold_impl.groups import FoldGroups, Group
+from fold_impl.moe import FoldedMoE
+from fold_impl.points import Points
+from fold_impl.router import AuxiliaryOptions, Router, RouterOptions
+from fold_impl.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    enter_region,
+    leave_lanes,
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Where the parts of a model are: regular expressions on module names, paths inside a block.
+
+    moe: full name of a MoE block. router, experts, shared_experts: attribute of the block. gate,
+    up, down: parameters of the experts module, stacked (E, F, H), (E, F, H), (E, H, F); up None:
+    gate is the fused (E, 2F, H). column, row: ends of the names of linears cut by output, by
+    input. regions: modules whose input feeds column-parallel linears only. attention: modules
+    whose parameters are of that family.
+    """
+
+    moe: str
+    router: str
+    experts: str
+    gate: str
+    up: str | None
+    down: str
+    top_k: int
+    score: str = "softmax"
+    normalize: bool = True
+    shared_experts: str | None = None
+    attention: str = r".*attn"
+    column: tuple[str, ...] = ()
+    row: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Preset:
+        """Read a preset declared in a config.
+
+        Raises:
+            ConfigError: a key is unknown or missing.
+        """
+        known = set(cls.__dataclass_fields__)
+        for key in table:
+            if key not in known:
+                raise ConfigError("unknown key", f"folding.preset.{key}", table[key], sorted(known))
+        missing = {"moe", "router", "experts", "gate", "down", "top_k"} - set(table)
+        if missing:
+            raise ConfigError("missing key", f"folding.preset.{min(missing)}", None, sorted(known))
+        listed = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        return cls(**{"up": None, **listed})
+
+
+def fold(
+    model: nn.Module,
+    preset: Preset,
+    groups: FoldGroups,
+    auxiliary: AuxiliaryOptions,
+    points: Points,
+) -> list[FoldedParameter]:
+    """Replace MoE blocks and linears in place, keeping only this rank's parts.
+
+    Args:
+        model: full model, equal on every rank.
+        preset: where its parts are.
+        groups: communicators of this rank.
+        auxiliary: losses the routers add.
+        points: the engine's points.
+
+    Returns:
+        Every parameter of the folded model, in an order equal on all ranks.
+
+    Raises:
+        ConfigError: no MoE block, or a size does not divide.
+    """
+    cuts: dict[str, tuple[Shard, ...]] = {}
+    kinds: dict[str, Family] = {}
+    blocks = [n for n, _ in model.named_modules() if re.fullmatch(preset.moe, n)]
+    if not blocks:
+        found = "a regular expression on the full name of a module"
+        raise ConfigError("matches no module of the model", "folding.preset.moe", preset.moe, found)
+    for layer, name in enumerate(blocks):
+        block = model.get_submodule(name)
+        folded = _fold_block(name, block, preset, groups, auxiliary, points, layer, cuts)
+        _replace(model, name, folded)
+        kinds[f"{name}.{preset.router}"] = "router"
+        kinds[f"{name}.{preset.experts}"] = "expert"
+        if preset.shared_experts is not None:
+            kinds[f"{name}.{preset.shared_experts}"] = "shared_expert"
+    _cut_linears(model, preset, groups, points, cuts)
+    for name, module in list(model.named_modules()):
+        if re.fullmatch(preset.attention, name):
+            kinds.setdefault(name, "attention")
+        elif isinstance(module, nn.Embedding):
+            kinds.setdefault(name, "embedding")
+        elif "norm" in type(module).__name__.lower():
+            kinds[name] = "layernorm"
+    return [
+        FoldedParameter(name, parameter, Placement(_family(name, kinds), cuts.get(name, ())))
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def _family(name: str, kinds: Mapping[str, Family]) -> Family:
+    """Give the family of the innermost module that has one."""
+    parts = name.split(".")[:-1]
+    for end in range(len(parts), 0, -1):
+        if (kind := kinds.get(".".join(parts[:end]))) is not None:
+            return kind
+    return "dense"
+
+
+def _fold_block(
+    name: str,
+    block: nn.Module,
+    preset: Preset,
+    groups: FoldGroups,
+    auxiliary: AuxiliaryOptions,
+    points: Points,
+    layer: int,
+    cuts: dict[str, tuple[Shard, ...]],
+) -> FoldedMoE:
+    router = block.get_submodule(preset.router)
+    experts = block.get_submodule(preset.experts)
+    names = ExpertNames(preset.gate, preset.up, preset.down)
+    num_experts = experts.get_parameter(preset.gate).shape[0]
+    local: dict[str, nn.Parameter] = {}
+    for part, shards in _expert_cuts(preset):
+        full_name = f"{name}.{preset.experts}.{part}"
+        cuts[full_name] = shards
+        local[part] = _part(experts.get_parameter(part), shards, groups, full_name)
+    shared = block.get_submodule(preset.shared_experts) if preset.shared_experts else None
+    return FoldedMoE(
+        router=Router(router.get_parameter("weight"), getattr(router, "bias", None)),
+        experts=RoutedExperts(names, local),
+        shared=shared,
+        num_experts=num_experts,
+        options=RouterOptions(preset.top_k, preset.score, preset.normalize),
+        auxiliary=auxiliary,
+        groups=groups,
+        points=points,
+        layer=layer,
+        names=(preset.router, preset.experts, preset.shared_experts),
+    )
+
+
+def _expert_cuts(preset: Preset) -> Iterator[tuple[str, tuple[Shard, ...]]]:
+    by_expert = Shard("ep", 0)
+    if preset.up is None:
+        yield preset.gate, (by_expert, Shard("etp", 1, segments=2))
+    else:
+        yield preset.gate, (by_expert, Shard("etp", 1))
+        yield preset.up, (by_expert, Shard("etp", 1))
+    yield preset.down, (by_expert, Shard("etp", 2))
+
+
+def _cut_linears(
+    model: nn.Module,
+    preset: Preset,
+    groups: FoldGroups,
+    points: Points,
+    cuts: dict[str, tuple[Shard, ...]],
+) -> None:
+    regions = [n for n, _ in model.named_modules() if _ends(n, preset.regions)]
+    shared = tuple(
+        f"{name}.{preset.shared_experts}."
+        for name, module in model.named_modules()
+        if isinstance(module, FoldedMoE)
+    )
+    for name in regions:
+        enter_region(model.get_submodule(name), groups.tp)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        if _ends(name, preset.column):
+            shards = {"weight": (Shard("tp", 0),), "bias": (Shard("tp", 0),)}
+        elif _ends(name, preset.row):
+            shards = {"weight": (Shard("tp", 1),), "bias": ()}
+        else:
+            continue
+        parts = {}
+        for key, parameter in module.named_parameters(recurse=False):
+            full_name = f"{name}.{key}"
+            cuts[full_name] = shards[key]
+            parts[key] = _part(parameter, shards[key], groups, full_name)
+        weight, bias = parts["weight"], parts.get("bias")
+        new: nn.Module
+        if _ends(name, preset.row):
+            leave = scatter_share if name.startswith(shared) else leave_lanes
+            new = RowParallelLinear(weight, bias, groups.tp, points, leave)
+        else:
+            inside = any(name.startswith(f"{region}.") for region in regions)
+            new = ColumnParallelLinear(weight, bias, groups.tp, enters=not inside)
+        _replace(model, name, new)
+
+
+def _ends(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.search(rf"(^|\.)(?:{pattern})$", name) for pattern in patterns)
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, leaf, new)
+
+
+def _part(
+    parameter: nn.Parameter, shards: tuple[Shard, ...], groups: FoldGroups, name: str
+) -> nn.Parameter:
+    """Keep this rank's part of a parameter, in memory of its own.
+
+    A parameter that is not cut stays the same object, so tied weights stay tied.
+    """
+    if all(getattr(groups, shard.axis).size == 1 for shard in shards):
+        return parameter
+    part = parameter.detach()
+    for shard in shards:
+        part = cut(part, shard, getattr(groups, shard.axis), name)
+    return nn.Parameter(part.clone(), requires_grad=parameter.requires_grad)
+
+
+def cut(tensor: Tensor, shard: Shard, group: Group, name: str) -> Tensor:
+    """Cut one dimension evenly over a group.
+
+    Raises:
+        ConfigError: the dimension does not divide.
+    """
+    size = tensor.shape[shard.dim]
+    if size % (group.size * shard.segments):
+        divisors = [d for d in range(1, size + 1) if size % (d * shard.segments) == 0]
+        raise ConfigError(
+            f"does not divide dimension {shard.dim} = {size} of {name}",
+            _SIZE_KEYS[shard.axis],
+            group.size,
+            divisors,
+        )
+    blocks = tensor.unflatten(shard.dim, (shard.segments, group.size, -1))
+    return blocks.select(shard.dim + 1, group.index).flatten(shard.dim, shard.dim + 1)
+
+
+_SIZE_KEYS = {
+    "tp": "tensor_parallel.autotp_size",
+    "ep": "expert_parallel.autoep_size",
+    "etp": "expert_parallel.expert_tensor_parallel_size",
+}

@@ -1,0 +1,216 @@
+"""`initialize()` and the native engine: plain torch, any dtype, the exact twin of the big one.
+
+Owns the order of a training step: accumulate, reduce once, norm, clip, update. Must not know how a
+layer is folded. Easy to get wrong: nothing is reduced before the last micro-batch of a step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from fold_impl.config import ConfigError, FoldConfig
+from fold_impl.convert import Preset, fold
+from fold_impl.families import FoldedParameter
+from fold_impl.groups import FoldGroups, NewGroup, build_groups
+from fold_impl.moe import FoldedMoE
+from fold_impl.optimizers import make_optimizer
+from fold_impl.points import Points
+from fold_impl.reduce import clip_coefficient, global_norm, reduce_gradients
+from fold_impl.router import AuxiliaryOptions
+
+
+class NativeEngine:
+    """Trains a folded module in the manner of a DeepSpeed engine.
+
+    Per micro-batch: `loss = engine(...)`, `engine.backward(loss)`, `engine.step()`; parameters
+    change at every `gradient_accumulation_steps`-th call of step.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[FoldedParameter],
+        groups: FoldGroups,
+        config: FoldConfig,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: Any,
+        points: Points,
+    ) -> None:
+        self.module, self.folded_parameters, self.groups = module, parameters, groups
+        self.config, self.optimizer, self.lr_scheduler = config, optimizer, lr_scheduler
+        self.points = points
+        self.micro_steps = self.global_steps = 0
+        self._norm: float | None = None
+        self._reduced = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward."""
+        return self.module(*args, **kwargs)
+
+    def gradient_accumulation_steps(self) -> int:
+        """Give the micro-batches of one step."""
+        return self.config.gradient_accumulation_steps
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Tell whether the current micro-batch is the last of its step."""
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def get_global_grad_norm(self) -> float | None:
+        """Give the norm of the last step's whole gradient before clipping; None before a step."""
+        return self._norm
+
+    def moe_layers(self) -> list[FoldedMoE]:
+        """List the folded MoE layers in forward order."""
+        return [module for module in self.module.modules() if isinstance(module, FoldedMoE)]
+
+    def train(self, mode: bool = True) -> NativeEngine:
+        """Switch the module between training and evaluation."""
+        self.module.train(mode)
+        return self
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of loss / gas to what the step has accumulated."""
+        gas = self.gradient_accumulation_steps()
+        micro_batch = self.micro_steps % gas
+        self.points("batch.loss", loss / gas, micro_batch=micro_batch, gas=gas).backward()
+        for member in self.folded_parameters:
+            member.parameter.grad = self.points(
+                "step.accumulate",
+                member.parameter.grad,
+                name=member.name,
+                micro_batch=micro_batch,
+                gas=gas,
+            )
+
+    def allreduce_gradients(self) -> None:
+        """Reduce the accumulated gradients; `step` does so where it has not been done."""
+        if not self._reduced:
+            reduce_gradients(self.folded_parameters, self.groups, self.points)
+            self._reduced = True
+
+    def step(self) -> None:
+        """End a micro-batch; at the boundary reduce, clip and update.
+
+        Collective at the boundary: every rank of the stage.
+        """
+        if self.is_gradient_accumulation_boundary():
+            self.allreduce_gradients()
+            self._norm = global_norm(self.folded_parameters, self.groups, self.points)
+            actions = {"clip": self._clip, "update": self.optimizer.step}
+            for action in self.points("step.order", ("clip", "update")):
+                actions[action]()
+            self.optimizer.zero_grad(set_to_none=True)
+            self._reduced = False
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+            self.global_steps += 1
+        self.micro_steps += 1
+
+    def _clip(self) -> None:
+        assert self._norm is not None
+        limit = self.config.gradient_clipping
+        coefficient = self.points(
+            "clip.coefficient", clip_coefficient(self._norm, limit), norm=self._norm, limit=limit
+        )
+        if coefficient != 1.0:
+            torch._foreach_mul_([p.parameter.grad for p in self.folded_parameters], coefficient)
+
+
+def initialize(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    lr_scheduler: Any = None,
+) -> tuple[Any, torch.optim.Optimizer, None, Any]:
+    """Fold a model over the ranks of the job and wrap it in an engine.
+
+    Args:
+        model: full model with the same weights on every rank; changed in place.
+        config: DeepSpeed-style config; folding is the coexistence of its sections
+            `tensor_parallel` and `expert_parallel`.
+        optimizer: optimizer over the model's parameters without state, or None to make the one
+            of the config.
+        model_parameters: parameters or parameter groups to train; default: all.
+        lr_scheduler: stepped once per optimizer step.
+
+    Returns:
+        (engine, optimizer, None, lr_scheduler), as `deepspeed.initialize` does.
+
+    Raises:
+        ConfigError: anything that cannot be run as asked, on every rank alike, before a process
+            group exists.
+    """
+    parsed = FoldConfig.from_dict(dict(config), world_size=_world_size())
+    if parsed.layout.world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    engine = build_engine(
+        model, parsed, rank, optimizer, model_parameters, lr_scheduler=lr_scheduler
+    )
+    return engine, engine.optimizer, None, lr_scheduler
+
+
+def build_engine(
+    model: nn.Module,
+    config: FoldConfig,
+    rank: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    *,
+    lr_scheduler: Any = None,
+    new_group: NewGroup = dist.new_group,
+    points: Points | None = None,
+) -> NativeEngine:
+    """Fold and wrap with everything passed in: rank, process groups, points."""
+    points = points or Points()
+    if config.preset is None:
+        allowed = "a table as of fold_impl.convert.Preset"
+        raise ConfigError("is needed to find the MoE blocks", "folding.preset", None, allowed)
+    preset = Preset.from_dict(config.preset)
+    before = dict(model.named_parameters())
+    groups = build_groups(config.layout, rank, new_group, points)
+    auxiliary = AuxiliaryOptions(config.load_balance_coef, config.z_loss_coef, config.aux_scope)
+    parameters = fold(model, preset, groups, auxiliary, points)
+    new = {id(before[member.name]): member.parameter for member in parameters}
+    if optimizer is not None:
+        _adopt(optimizer, new)
+    else:
+        chosen = _renewed(model_parameters, new) or [p.parameter for p in parameters]
+        if config.optimizer is None:
+            raise ConfigError("missing", "optimizer", None, "a section, or an optimizer object")
+        optimizer = make_optimizer(config.optimizer, chosen)
+    return NativeEngine(model, parameters, groups, config, optimizer, lr_scheduler, points)
+
+
+def _adopt(optimizer: torch.optim.Optimizer, new: Mapping[int, nn.Parameter]) -> None:
+    """Point an optimizer made for the full model at this rank's parts."""
+    if optimizer.state:
+        raise ConfigError("has state of the full model", "optimizer", type(optimizer), "a new one")
+    for group in optimizer.param_groups:
+        group["params"] = [new.get(id(p), p) for p in group["params"]]
+
+
+def _renewed(
+    parameters: Iterable[Any] | None, new: Mapping[int, nn.Parameter]
+) -> list[Any] | None:
+    if parameters is None:
+        return None
+    return [
+        {**p, "params": [new.get(id(q), q) for q in p["params"]]}
+        if isinstance(p, dict)
+        else new.get(id(p), p)
+        for p in parameters
+    ]
+
+
+def _world_size() -> int:
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))

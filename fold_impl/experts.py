@@ -1,0 +1,65 @@
+"""Routed SwiGLU experts: this rank's slice of the stacked weights and the grouped product.
+
+Owns the arithmetic of the experts. Must not know where rows come from. Easy to get wrong: an
+expert with no rows still takes part, so that its gradient is zero and not None.
+
+Shapes: L local experts, F local expert width, H hidden, N rows sorted by local expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+
+class RoutedExperts(nn.Module):
+    """Local experts, holding parameters under the names of the module they replace.
+
+    gate and up: (L, F, H) each, or one fused gate_up (L, 2F, H); down: (L, H, F).
+    """
+
+    def __init__(self, names: ExpertNames, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.names = names
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+
+    def forward(self, x_NH: Tensor, counts: Sequence[int]) -> Tensor:
+        """Apply expert l to its counts[l] consecutive rows."""
+        gate_up = self.gate_up()
+        down = self.get_parameter(self.names.down)
+        if x_NH.is_cuda and x_NH.dtype == torch.bfloat16:
+            return _grouped(x_NH, gate_up, down, counts)
+        return _looped(x_NH, gate_up, down, counts)
+
+    def gate_up(self) -> Tensor:
+        """Give the fused (L, 2F, H) weight, gate rows first."""
+        if self.names.up is None:
+            return self.get_parameter(self.names.gate)
+        pair = [self.get_parameter(self.names.gate), self.get_parameter(self.names.up)]
+        return torch.cat(pair, dim=1)
+
+
+class ExpertNames:
+    """Parameter names inside the experts module; `up` None means gate holds both, gate first."""
+
+    def __init__(self, gate: str, up: str | None, down: str) -> None:
+        self.gate, self.up, self.down = gate, up, down
+
+
+def _looped(x_NH: Tensor, gate_up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
+    rows = []
+    for x, w13, w2 in zip(x_NH.split(list(counts)), gate_up.unbind(0), down.unbind(0), strict=True):
+        gate, up = F.linear(x, w13).chunk(2, dim=-1)
+        rows.append(F.linear(F.silu(gate) * up, w2))
+    return torch.cat(rows)
+
+
+def _grouped(x_NH: Tensor, gate_up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
+    ends = torch.tensor(counts, device=x_NH.device).cumsum(0).to(torch.int32)
+    hidden = torch._grouped_mm(x_NH, gate_up.transpose(-2, -1), offs=ends)
+    gate, up = hidden.chunk(2, dim=-1)
+    return torch._grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=ends)

@@ -1,0 +1,124 @@
+"""Token-choice router: logits, the chosen experts, their weights, and its auxiliary losses.
+
+Owns what a token is sent to and with which weight. Must not know how tokens travel. Easy to get
+wrong: every TP lane routes *all* tokens (route_full), so counts over dp must not add up lanes.
+
+Shapes: T tokens, H hidden, E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fold_impl.groups import Group
+from fold_impl.points import Points
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """What the chosen scores are made of."""
+
+    top_k: int
+    score: str = "softmax"
+    normalize: bool = True
+
+
+@dataclass(frozen=True)
+class AuxiliaryOptions:
+    """Coefficients of the auxiliary losses and the tokens they look at: `rank` or `global`."""
+
+    load_balance: float = 0.0
+    z_loss: float = 0.0
+    scope: str = "rank"
+
+    @property
+    def active(self) -> bool:
+        """Whether any auxiliary loss is asked for."""
+        return self.load_balance > 0 or self.z_loss > 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Routing of T tokens. indices_TK int64, best first; weights_TK carries the gradient."""
+
+    logits_TE: Tensor
+    indices_TK: Tensor
+    weights_TK: Tensor
+
+
+def choose(
+    logits_TE: Tensor,
+    options: RouterOptions,
+    forced_TK: Tensor | None,
+    point: Callable[..., Tensor],
+) -> Choice:
+    """Pick the top_k largest logits of each token, the lowest index on a tie, and weigh them.
+
+    Args:
+        logits_TE: (T, E).
+        options: top_k, score function, normalisation.
+        forced_TK: experts to use instead of the own choice (replay), or None.
+        point: (name, value) -> value.
+    """
+    if forced_TK is None:
+        order = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices
+        forced_TK = order[:, : options.top_k]
+    indices_TK = point("router.indices", forced_TK)
+    softmax = options.score == "softmax"
+    scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
+    weights_TK = scores_TE.gather(-1, indices_TK)
+    if options.normalize:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return Choice(logits_TE, indices_TK, point("router.weights", weights_TK))
+
+
+def auxiliary_loss(
+    choice: Choice,
+    router: RouterOptions,
+    options: AuxiliaryOptions,
+    dp: Group,
+    points: Points,
+    layer: int,
+) -> Tensor:
+    """Compute this dp rank's share of load-balance and z-loss of one layer and micro-batch.
+
+    load balance = E * sum_e f_e P_e (Switch Transformer, eq. 4-6; f_e = assignments of e over
+    tokens, as Hugging Face normalises it), z = mean logsumexp^2 (ST-MoE, eq. 5). Dense gradients
+    are averaged over dp, so under scope `global` the rank's share is dp * (its tokens' part).
+
+    Collective under scope `global` (all-reduce of E + 1 counts over dp, no gradient).
+    """
+    logits_TE = choice.logits_TE
+    tokens, experts = logits_TE.shape
+    softmax = router.score == "softmax"
+    probability_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
+    probability_TE = probability_TE / probability_TE.sum(-1, keepdim=True)
+    counts = torch.bincount(choice.indices_TK.flatten(), minlength=experts)
+    counts = torch.cat([counts, counts.new_tensor([tokens])]).to(logits_TE.dtype)
+    share = 1.0
+    if options.scope == "global" and dp.handle is not None:
+        torch.distributed.all_reduce(counts, group=dp.handle)
+        share = dp.size
+    load_E = points("auxiliary.load", counts[:-1], layer=layer)
+    total = points("auxiliary.tokens", counts[-1], layer=layer)
+    balance = experts * (load_E / total * (probability_TE.sum(0) / total)).sum()
+    z = logits_TE.logsumexp(-1).square().sum() / total
+    loss = share * (options.load_balance * balance + options.z_loss * z)
+    return points("auxiliary.loss", loss, layer=layer)
+
+
+class Router(nn.Module):
+    """Linear gate: (T, H) -> (T, E); adopts the parameters of the module it replaces."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """Compute the logits."""
+        return nn.functional.linear(x_TH, self.weight, self.bias)

@@ -1,0 +1,353 @@
+"""Run a case three ways - reference, baseline, folded - and compare: the harness in one object.
+
+Owns the order of the runs, their caches, the routing guard and the choice of learning rate and
+clipping limit. Must not know how ranks are kept or rows are stored. Easy to get wrong: for a step
+after the first the truth is evaluated at the engine's *own* weights before that step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from parity import batches, compare, models, reference, trial
+from parity.case import Case
+from parity.collect import Assembled, agree, assemble
+from parity.compare import RowContext
+from parity.errors import InfrastructureError
+from parity.failure import Refused
+from parity.implementation import Placement
+from parity.layout import Layout
+from parity.optimizers import ReferenceOptimizer
+from parity.store import Row, engine_of, shape_of
+from parity.trial import Order, RankResult
+
+MAX_DRAWS = 12
+"""Seeds tried before a case whose routing is never safe is given up."""
+GUARD = 100.0
+"""Smallest selection margin, in logit errors: a flipped token looks like a 1-34 % bug."""
+LOGIT_ERROR_U = 4.0
+"""Logit error in unit round-offs of a logit of size 1 (worst seen 3.1 in float32, 2 layers)."""
+STEP_SIZE = 0.25
+"""Largest |lr g| / |w| over tensors: large enough to see, small enough to stay a training step."""
+
+
+class Pool(Protocol):
+    """What runs a task in every rank of a world: `parity.gang.GangPool`."""
+
+    def run(
+        self,
+        world: int,
+        task: str,
+        payloads: Sequence[Any],
+        deadline_s: float,
+        backend: str | None = None,
+    ) -> list[Any]:
+        """Run `module:function` in every rank and give one result per rank."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run, rebuilt to full logical tensors."""
+
+    loss: float
+    before: Assembled
+    gradients: Assembled
+    after: Assembled
+    norms: list[float]
+    routing: list[list[list[Tensor]]]
+    """[rank][micro-batch][layer] -> (T, K)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the implementation on one layout."""
+
+    layout: Layout
+    placements: dict[str, Placement]
+    steps: list[Step]
+    absent: tuple[str, ...]
+    taps: list[dict[str, list[Any]]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a draw fixes beside the case: seed, learning rate, clipping limit."""
+
+    seed: int
+    lr: float
+    clip: float
+
+
+class _UnsafeRoutingError(Exception):
+    """Some token is so close to a tie that round-off may flip it."""
+
+
+class Judge:
+    """Judges one implementation case after case; caches truths and baselines in between."""
+
+    def __init__(self, *, implementation: str, pool: Pool, device: str = "cpu") -> None:
+        self.implementation, self.pool, self.device = implementation, pool, device
+        self._truths: dict[str, reference.Evaluation] = {}
+        self._baselines: dict[str, tuple[Run, list[reference.Evaluation]]] = {}
+
+    def rows(self, case: Case) -> list[Row]:
+        """Run and compare one case.
+
+        Raises:
+            RankFailure: a rank raised, died or hung.
+        """
+        start = time.perf_counter()
+        try:
+            rows, draws = self._drawn(case)
+        except Refused as refusal:
+            return [Row.of_case(case, self.implementation, verdict="skipped", reason=str(refusal))]
+        seconds = time.perf_counter() - start
+        redrawn = {"draws": draws} if draws > 1 else {}
+        for row in rows:
+            object.__setattr__(row, "seconds", seconds)
+            if redrawn:
+                object.__setattr__(row, "detail", {**(row.detail or {}), **redrawn})
+        return rows
+
+    def _drawn(self, case: Case) -> tuple[list[Row], int]:
+        """Draw seeds until no token is near a tie; an implementation cannot make a draw unsafe."""
+        for draw in range(MAX_DRAWS):
+            try:
+                return self._compared(case, case.seed + 1000 * draw), draw + 1
+            except _UnsafeRoutingError:
+                continue
+        raise InfrastructureError(
+            f"case {case.id}: no safe routing in {MAX_DRAWS} seeds from {case.seed}; "
+            "fewer tokens or experts, or another seed, would do"
+        )
+
+    def _compared(self, case: Case, seed: int) -> list[Row]:
+        layout = case.layout
+        model = models.build(case.model, seed, idle_expert=case.data.idle_expert)
+        weights = self._initial(case, model)
+        first = self._truth(case, model, weights, 1, seed)
+        setting = _setting(case, seed, weights, first)
+        baseline, baseline_truths = self._baseline(case, model, weights, setting)
+        folded = self._run(case, layout, setting)
+        truths = self._truths_of(case, model, weights, folded, seed)
+        rows = self._rows_of(case, folded, truths, setting)
+        rows += self._against_baseline(case, folded, baseline)
+        rows += self._rows_of(case, baseline, baseline_truths, setting)
+        return rows
+
+    def _initial(self, case: Case, model: models.Tiny) -> dict[str, Tensor]:
+        """Round the weights to the case's dtype, as the implementation gets them."""
+        dtype = getattr(torch, case.engine.dtype)
+        return {n: p.detach().to(dtype).double() for n, p in model.named_parameters()}
+
+    def _truth(
+        self, case: Case, model: models.Tiny, weights: Mapping[str, Tensor], step: int, seed: int
+    ) -> reference.Evaluation:
+        """Evaluate the reference; the first step's is shared by cases that differ elsewhere.
+
+        Raises:
+            _UnsafeRoutingError: the selection margin is below GUARD logit errors.
+        """
+        key = f"{_data_key(case)}|{seed}|{step}"
+        truth = self._truths.get(key) if step == 1 else None
+        if truth is None:
+            drawn = batches.make(case, case.layout.dp, step, seed)
+            truth = reference.evaluate(case, model, weights, drawn)
+            if step == 1:
+                self._truths[key] = truth
+        unit = compare.UNIT_ROUNDOFF[getattr(torch, case.engine.dtype)]
+        if truth.margin < GUARD * LOGIT_ERROR_U * unit:
+            raise _UnsafeRoutingError
+        return truth
+
+    def _truths_of(
+        self,
+        case: Case,
+        model: models.Tiny,
+        weights: Mapping[str, Tensor],
+        run: Run,
+        seed: int,
+    ) -> list[reference.Evaluation]:
+        truths = []
+        for index, step in enumerate(run.steps):
+            own = {n: t.double() for n, t in step.before.filled.items()}
+            at_start = index == 0 and all(torch.equal(own[n], weights[n]) for n in weights)
+            if at_start or index > 0:
+                truths.append(self._truth(case, model, own, index + 1, seed))
+            else:  # the implementation changed the weights it was given: its own truth, uncached
+                drawn = batches.make(case, run.layout.dp, 1, seed)
+                truths.append(reference.evaluate(case, model, own, drawn))
+        return truths
+
+    def _baseline(
+        self,
+        case: Case,
+        model: models.Tiny,
+        weights: Mapping[str, Tensor],
+        setting: Setting,
+    ) -> tuple[Run, list[reference.Evaluation]]:
+        plain = case.layout.baseline()
+        parts = case.engine, case.optimizer, case.steps, setting
+        key = f"{_data_key(case)}|{parts}"
+        if key not in self._baselines:
+            run = self._run(case, plain, setting)
+            truths = self._truths_of(case, model, weights, run, setting.seed)
+            self._baselines[key] = run, truths
+        return self._baselines[key]
+
+    def _run(self, case: Case, layout: Layout, setting: Setting) -> Run:
+        order = Order(
+            case, self.implementation, layout, setting.seed, setting.lr, setting.clip
+        )
+        if case.engine.backend == "threads":
+            results = self.pool.run(1, "parity.threads:run", [order], case.deadline_s)[0]
+        else:
+            payloads = [order] * layout.world
+            results = self.pool.run(
+                layout.world, "parity.trial:run", payloads, case.deadline_s, case.engine.backend
+            )
+        return rebuild(case, layout, results)
+
+    def _rows_of(
+        self, case: Case, run: Run, truths: Sequence[reference.Evaluation], setting: Setting
+    ) -> list[Row]:
+        zeros = models.structural_zeros(case.model, case.auxiliary)
+        names = models.moe_names(case.model)
+        layout, placements = run.layout, run.placements
+        true_optimizer = ReferenceOptimizer(case.optimizer, setting.lr)
+        own_optimizer = ReferenceOptimizer(case.optimizer, setting.lr)
+        rows: list[Row] = []
+        for number, (step, truth) in enumerate(zip(run.steps, truths, strict=True), start=1):
+            about = self._context(case, layout, "reference", number)
+            rows += compare.routing_rows(about, step.routing, truth.routing, layout, names)
+            rows += compare.loss_rows(about, step.loss, truth.loss)
+            rows += compare.gradient_rows(
+                about, step.gradients, truth.gradients, placements, layout, zeros
+            )
+            for kind, tensors in (("gradient", step.gradients), ("parameter", step.after)):
+                rows += compare.replica_rows(about, tensors, placements, layout, kind)  # type: ignore[arg-type]
+            rows += compare.grad_norm_rows(about, step.norms, truth.norm)
+            rows += compare.update_rows(
+                about,
+                compare.OptimizerStep(
+                    step.before, step.after, step.gradients, truth.gradients, setting.clip
+                ),
+                true_optimizer,
+                own_optimizer,
+                placements,
+                layout,
+                structural_zero=zeros,
+            )
+        return rows
+
+    def _against_baseline(self, case: Case, folded: Run, baseline: Run) -> list[Row]:
+        """Compare the first step only: afterwards the two runs stand at different weights."""
+        mine, other = folded.steps[0], baseline.steps[0]
+        about = self._context(case, folded.layout, "baseline", 1)
+        names = models.moe_names(case.model)
+        rows = compare.routing_rows(about, mine.routing, other.routing, folded.layout, names)
+        rows += compare.loss_rows(about, mine.loss, other.loss)
+        rows += compare.gradient_rows(
+            about,
+            mine.gradients,
+            {n: t.double() for n, t in other.gradients.filled.items()},
+            folded.placements,
+            folded.layout,
+            models.structural_zeros(case.model, case.auxiliary),
+        )
+        return rows + compare.grad_norm_rows(about, mine.norms, other.norms[0])
+
+    def _context(self, case: Case, layout: Layout, against: str, step: int) -> RowContext:
+        shape = shape_of(case.model_copy(update={"shape": _shape(case, layout)}))
+        dtype = getattr(torch, case.engine.dtype)
+        return RowContext(
+            case.id, self.implementation, shape, engine_of(case), against, step, dtype
+        )
+
+
+def _shape(case: Case, layout: Layout) -> Any:
+    sizes = {key: getattr(layout, key) for key in ("world", "tp", "ep", "etp", "pp")}
+    return case.shape.model_copy(update=sizes)
+
+
+def _data_key(case: Case) -> str:
+    """Say everything the reference's first step depends on, but the seed."""
+    lanes = case.shape.tp if case.data.lane_varying else None
+    parts = case.model, case.data, case.auxiliary, case.engine.gas, case.engine.dtype
+    return f"{parts}|{case.layout.dp}|{lanes}"
+
+
+def _setting(
+    case: Case, seed: int, weights: Mapping[str, Tensor], truth: reference.Evaluation
+) -> Setting:
+    """Choose clipping limit and learning rate from the reference.
+
+    Linear optimizers: lr so that the largest |lr g| / |w| over tensors is STEP_SIZE after
+    clipping. Sign-like ones move every entry by about lr: STEP_SIZE of the smallest rms of a
+    tensor. A delta far below |w| is lost in the rounding of w, one far above is no training step.
+    """
+    clip = float(f"{case.engine.clip * truth.norm:.3g}")
+    lr = case.optimizer.lr
+    if lr is None and case.optimizer.name in ("sgd", "momentum"):
+        kept = min(1.0, clip / truth.norm) if clip else 1.0
+        sizes = [
+            float(weights[n].norm() / g.norm())
+            for n, g in truth.gradients.items()
+            if float(g.norm()) > 0
+        ]
+        lr = STEP_SIZE * min(sizes) / kept
+    elif lr is None:
+        rms = [float(w.norm()) / math.sqrt(w.numel()) for w in weights.values()]
+        lr = STEP_SIZE * min(r for r in rms if r > 0)
+    assert lr is not None
+    return Setting(seed, float(f"{lr:.3g}"), clip)
+
+
+def rebuild(case: Case, layout: Layout, results: Sequence[RankResult]) -> Run:
+    """Turn what the ranks handed back into full logical tensors.
+
+    Raises:
+        ParityError: ranks disagree on placements, or pieces do not fit together.
+    """
+    placements = agree([result.placements for result in results])
+    dtype = getattr(torch, case.engine.dtype)
+
+    def whole(kind: str, step: int) -> Assembled:
+        shards = [
+            {name: _tensor(array, dtype) for name, array in getattr(r.steps[step], kind).items()}
+            for r in results
+        ]
+        return assemble(layout, placements, shards)
+
+    steps = []
+    for index in range(len(results[0].steps)):
+        parts = [result.steps[index] for result in results]
+        steps.append(
+            Step(
+                loss=sum(sum(p.losses) / len(p.losses) for p in parts) / len(parts),
+                before=whole("before", index),
+                gradients=whole("gradients", index),
+                after=whole("after", index),
+                norms=[p.grad_norm for p in parts],
+                routing=[
+                    [[torch.from_numpy(t) for t in layers] for layers in p.routing] for p in parts
+                ],
+            )
+        )
+    taps = [result.taps for result in results]
+    return Run(layout, placements, steps, results[0].absent, taps)
+
+
+def _tensor(array: Any, dtype: torch.dtype) -> Tensor | None:
+    if array is None:
+        return None
+    tensor = torch.from_numpy(array)
+    # 16-bit floats travelled as float32; anything wider than the case's dtype is a master copy.
+    return tensor.to(dtype) if dtype in (torch.bfloat16, torch.float16) else tensor

@@ -1,0 +1,146 @@
+"""The oracle: one process, float64, the whole batch, naive code; shares nothing with what it judges.
+
+Owns the objective (token losses, probes, auxiliary losses over their scope) and its true gradients.
+Must not know ranks or implementations. Easy to get wrong: the objective is the *mean* over dp
+ranks and micro-batches of the micro-batch losses, whose loss_scale already carries dp * gas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from parity import batches as data
+from parity import models
+from parity.case import Auxiliary, Case
+
+DTYPE = torch.float64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Truth of one step: objective, full gradients, routing and how safe the routing is.
+
+    gradients: full logical name -> float64. routing: [dp rank][micro-batch][layer] -> (T, K).
+    margin: smallest gap between the last chosen and the first refused logit of any token.
+    """
+
+    loss: float
+    gradients: dict[str, Tensor]
+    routing: list[list[list[Tensor]]]
+    margin: float
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the whole gradient."""
+        return float(torch.stack([g.square().sum() for g in self.gradients.values()]).sum().sqrt())
+
+
+def evaluate(
+    case: Case,
+    model: models.Tiny,
+    weights: Mapping[str, Tensor],
+    batches: data.StepBatches,
+    replay: Sequence[Sequence[Sequence[Tensor]]] | None = None,
+) -> Evaluation:
+    """Run the whole step's batch at the given weights in one process.
+
+    Args:
+        case: the case, for its auxiliary losses.
+        model: structure; its own weights are not used.
+        weights: full logical name -> any float dtype, taken to float64 as they are.
+        batches: [dp rank][micro-batch].
+        replay: routing to force, in the form of `Evaluation.routing`.
+    """
+    leaves = {name: w.detach().to(DTYPE).requires_grad_() for name, w in weights.items()}
+    shares = _shares(case, model, leaves, batches, replay)
+    objective = shares.objective
+    gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
+    return Evaluation(
+        loss=float(objective.detach()),
+        gradients={
+            name: torch.zeros_like(leaf) if gradient is None else gradient
+            for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+        },
+        routing=shares.routing,
+        margin=shares.margin,
+    )
+
+
+@dataclass
+class _Shares:
+    objective: Tensor
+    routing: list[list[list[Tensor]]]
+    margin: float
+
+
+def _shares(
+    case: Case,
+    model: nn.Module,
+    leaves: Mapping[str, Tensor],
+    batches: data.StepBatches,
+    replay: Sequence[Sequence[Sequence[Tensor]]] | None,
+) -> _Shares:
+    dp, gas = len(batches), len(batches[0])
+    total = torch.zeros((), dtype=DTYPE)
+    routing: list[list[list[Tensor]]] = [[] for _ in range(dp)]
+    margin = float("inf")
+    for m in range(gas):
+        logits_by_layer: list[list[Tensor]] = [[] for _ in models.moe_layers(model)]
+        for r in range(dp):
+            if replay is not None:
+                models.force_routing(model, replay[r][m])
+            loss = functional_call(model, dict(leaves), (), dict(batches[r][m].for_mean(DTYPE)))
+            total = total + loss / (dp * gas)
+            layers = models.moe_layers(model)
+            routing[r].append([layer.indices_TK for layer in layers])
+            for index, layer in enumerate(layers):
+                logits_by_layer[index].append(layer.logits_TE)
+                margin = min(margin, selection_margin(layer.logits_TE, layer.spec.top_k))
+                layer.forced_TK = None
+        chosen = [[routing[r][m][i] for r in range(dp)] for i in range(len(logits_by_layer))]
+        for logits, picks in zip(logits_by_layer, chosen, strict=True):
+            total = total + auxiliary_loss(case.auxiliary, case.model.score, logits, picks) / gas
+    return _Shares(total, routing, margin)
+
+
+def selection_margin(logits_TE: Tensor, top_k: int) -> float:
+    """Give the smallest gap between the k-th and the (k+1)-th logit over all tokens."""
+    if top_k >= logits_TE.shape[-1]:
+        return float("inf")
+    ordered = logits_TE.detach().sort(dim=-1, descending=True).values
+    return float((ordered[:, top_k - 1] - ordered[:, top_k]).min())
+
+
+def auxiliary_loss(
+    spec: Auxiliary, score: str, logits: Sequence[Tensor], indices: Sequence[Tensor]
+) -> Tensor:
+    """Compute one layer's auxiliary losses of one micro-batch, averaged over dp ranks.
+
+    Load balance (Switch Transformer, eq. 4-6, as Hugging Face normalises it): E * sum_e f_e P_e
+    with f_e = assignments of e / tokens and P_e the mean routing probability. z-loss (ST-MoE,
+    eq. 5): mean of logsumexp(logits)^2. Scope `rank`: each dp rank's own f and P, then the mean;
+    scope `global`: f and P over all ranks' tokens.
+
+    Args:
+        spec: coefficients and scope.
+        score: softmax or sigmoid; sigmoid scores are normalised to probabilities.
+        logits: per dp rank (T, E).
+        indices: per dp rank (T, K).
+    """
+    if spec.scope == "global":
+        logits, indices = [torch.cat(list(logits))], [torch.cat(list(indices))]
+    losses = []
+    for logits_TE, indices_TK in zip(logits, indices, strict=True):
+        probability_TE = models.scores(logits_TE, score)
+        probability_TE = probability_TE / probability_TE.sum(-1, keepdim=True)
+        tokens, experts = logits_TE.shape
+        load_E = torch.bincount(indices_TK.flatten(), minlength=experts).to(DTYPE) / tokens
+        balance = experts * (load_E * probability_TE.mean(0)).sum()
+        z = logits_TE.logsumexp(-1).square().mean()
+        losses.append(spec.load_balance * balance + spec.z_loss * z)
+    return torch.stack(losses).mean()

@@ -1,0 +1,209 @@
+"""One run of one implementation inside one rank: build, step, hand the tensors back.
+
+Owns the config an implementation is given and what is read from it after each step. Must not know
+verdicts. Easy to get wrong: gradients and weights are copied at once, an engine reuses its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parity import batches, models
+from parity.case import Case
+from parity.implementation import (
+    OPTIONAL,
+    Family,
+    Implementation,
+    Placement,
+    RankContext,
+    Shard,
+    find,
+)
+from parity.layout import Layout
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fault to plant before the build: point and a transformation the rank can import."""
+
+    point: str
+    transform: str
+    """module:attr of a callable (value, **context) -> value."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What every rank of a gang is told to run."""
+
+    case: Case
+    implementation: str
+    layout: Layout
+    seed: int
+    lr: float
+    clip: float
+    """Largest allowed global norm; 0: off."""
+    replay: Sequence[Sequence[Sequence[Sequence[Any]]]] | None = None
+    """[step][dp rank][micro-batch][layer] -> (T, K) experts to force, or None."""
+    planted: tuple[Planted, ...] = ()
+    taps: tuple[str, ...] = ()
+
+
+@dataclass
+class StepResult:
+    """What one rank read after one step, as CPU tensors (NumPy while they travel)."""
+
+    losses: list[float]
+    before: dict[str, Any]
+    gradients: dict[str, Any]
+    after: dict[str, Any]
+    grad_norm: float
+    routing: list[list[Any]]
+
+
+@dataclass
+class RankResult:
+    """What one rank hands back."""
+
+    placements: dict[str, Placement]
+    steps: list[StepResult]
+    absent: tuple[str, ...]
+    """Optional members the implementation does not offer."""
+    taps: dict[str, list[Any]]
+
+
+def run(runtime: Any, order: Order) -> RankResult:
+    """Run the trial in this rank; `runtime` is `parity.rank.RankRuntime`."""
+    case, layout = order.case, order.layout
+    dtype = getattr(torch, case.engine.dtype)
+    context = RankContext(
+        runtime.rank, layout, runtime.device, runtime.backend, runtime.new_group
+    )
+    implementation = find(order.implementation)()
+    for fault in order.planted:
+        _plant(implementation, fault)
+    model = models.build(case.model, order.seed, idle_expert=case.data.idle_expert)
+    implementation.build(
+        model.to(device=runtime.device, dtype=dtype), config(order), context
+    )
+    record = implementation.taps(order.taps) if order.taps else {}  # type: ignore[attr-defined]
+    steps = [_step(implementation, order, step, context) for step in range(1, case.steps + 1)]
+    return RankResult(
+        placements={n: _own(p) for n, p in implementation.placements().items()},
+        steps=steps,
+        absent=tuple(name for name in OPTIONAL if not hasattr(implementation, name)),
+        taps={name: [_array(t) for t in tensors] for name, tensors in record.items()},
+    )
+
+
+def _plant(implementation: Implementation, fault: Planted) -> None:
+    import importlib
+
+    module, _, attribute = fault.transform.partition(":")
+    transform = getattr(importlib.import_module(module), attribute)
+
+    def bound(value: Any, **context: Any) -> Any:
+        return transform(value, **fault.options, **context)
+
+    implementation.plant(fault.point, bound)  # type: ignore[attr-defined]
+
+
+def _step(
+    implementation: Implementation, order: Order, step: int, context: RankContext
+) -> StepResult:
+    case, at = order.case, order.layout.coordinate(context.rank)
+    dtype = getattr(torch, case.engine.dtype)
+    drawn = batches.make(case, order.layout.dp, step, order.seed)[at.dp]
+    folded = order.layout.tp == case.shape.tp
+    fed = [
+        _on(batch.for_lane(at.tp) if folded else batch.for_mean(dtype), context.device)
+        for batch in drawn
+    ]
+    if order.replay is not None:
+        forced = [[torch.as_tensor(t) for t in layers] for layers in order.replay[step - 1][at.dp]]
+        implementation.replay(forced)  # type: ignore[attr-defined]
+    before = _arrays(implementation.parameters())
+    losses = implementation.step(fed)
+    return StepResult(
+        losses=losses,
+        before=before,
+        gradients=_arrays(implementation.gradients()),
+        after=_arrays(implementation.parameters()),
+        grad_norm=implementation.grad_norm(),
+        routing=[[_array(t) for t in layers] for layers in implementation.routing()],
+    )
+
+
+def _on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _array(tensor: Tensor) -> Any:
+    """Copy a tensor into a NumPy array; 16-bit floats travel as float32, which loses nothing."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return tensor.numpy().copy()
+
+
+def _arrays(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    return {name: None if t is None else _array(t) for name, t in tensors.items()}
+
+
+def _own(placement: Any) -> Placement:
+    """Rebuild a structurally equal placement as ours, so that no foreign class travels."""
+    family: Family = placement.family
+    shards = tuple(Shard(s.axis, s.dim, s.segments) for s in placement.shards)
+    return Placement(family, shards)
+
+
+def config(order: Order) -> dict[str, Any]:
+    """Write the DeepSpeed-style config of a run."""
+    case, layout, engine = order.case, order.layout, order.case.engine
+    written: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": case.data.sequences,
+        "gradient_accumulation_steps": engine.gas,
+        "gradient_clipping": order.clip,
+        "optimizer": _optimizer(order),
+        "tensor_parallel": {"autotp_size": layout.tp},
+        "expert_parallel": {
+            "enabled": True,
+            "autoep_size": layout.ep,
+            "expert_tensor_parallel_size": layout.etp,
+        },
+        "folding": {
+            "engine": engine.name,
+            "strategy": engine.strategy,
+            "preset": models.preset(case.model),
+            "load_balance_coef": case.auxiliary.load_balance,
+            "z_loss_coef": case.auxiliary.z_loss,
+            "aux_scope": case.auxiliary.scope,
+        },
+    }
+    if engine.zero is not None:
+        written["zero_optimization"] = {"stage": engine.zero}
+    if engine.name == "deepspeed" and engine.dtype in ("bfloat16", "float16"):
+        written["bf16" if engine.dtype == "bfloat16" else "fp16"] = {"enabled": True}
+    for key, value in engine.options.items():
+        both = isinstance(value, dict) and key in written
+        written[key] = {**written[key], **value} if both else value
+    return written
+
+
+def _optimizer(order: Order) -> dict[str, Any]:
+    spec = order.case.optimizer
+    options: dict[str, Any] = {"lr": order.lr, "weight_decay": spec.weight_decay}
+    if spec.name == "momentum":
+        options["momentum"] = spec.momentum
+    if spec.name in ("adam", "adamw", "lion"):
+        options["betas"] = list(spec.betas)
+    if spec.name in ("adam", "adamw"):
+        options["eps"] = spec.eps
+        options["adam_w_mode"] = spec.name == "adamw"
+    kinds = {"sgd": "SGD", "momentum": "SGD", "adam": "Adam", "adamw": "AdamW", "lion": "Lion"}
+    return {"type": kinds[spec.name], "params": options}

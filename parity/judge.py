@@ -34,7 +34,7 @@ GUARD = 100.0
 """Smallest selection margin, in logit errors: a flipped token looks like a 1-34 % bug."""
 LOGIT_ERROR_U = 4.0
 """Logit error in unit round-offs of a logit of size 1 (worst seen 3.1 in float32, 2 layers)."""
-STEP_SIZE = 0.25
+STEP_SIZE = 0.125
 """Largest |lr g| / |w| over tensors: large enough to see, small enough to stay a training step."""
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,57 +19,15 @@ from fold_impl.families import Family, FoldedParameter, Placement, Shard
 from fold_impl.groups import FoldGroups, Group
 from fold_impl.moe import FoldedMoE
 from fold_impl.points import Points
+from fold_impl.presets import Preset
 from fold_impl.router import AuxiliaryOptions, Router, RouterOptions
 from fold_impl.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    SharedTailLinear,
     enter_region,
     leave_lanes,
 )
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Where the parts of a model are: regular expressions on module names, paths inside a block.
-
-    moe: full name of a MoE block. router, experts, shared_experts: attribute of the block. gate,
-    up, down: parameters of the experts module, stacked (E, F, H), (E, F, H), (E, H, F); up None:
-    gate is the fused (E, 2F, H). column, row: ends of the names of linears cut by output, by
-    input. regions: modules whose input feeds column-parallel linears only. attention: modules
-    whose parameters are of that family.
-    """
-
-    moe: str
-    router: str
-    experts: str
-    gate: str
-    up: str | None
-    down: str
-    top_k: int
-    score: str = "softmax"
-    normalize: bool = True
-    shared_experts: str | None = None
-    attention: str = r".*attn"
-    column: tuple[str, ...] = ()
-    row: tuple[str, ...] = ()
-    regions: tuple[str, ...] = ()
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> Preset:
-        """Read a preset declared in a config.
-
-        Raises:
-            ConfigError: a key is unknown or missing.
-        """
-        known = set(cls.__dataclass_fields__)
-        for key in table:
-            if key not in known:
-                raise ConfigError("unknown key", f"folding.preset.{key}", table[key], sorted(known))
-        missing = {"moe", "router", "experts", "gate", "down", "top_k"} - set(table)
-        if missing:
-            raise ConfigError("missing key", f"folding.preset.{min(missing)}", None, sorted(known))
-        listed = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-        return cls(**{"up": None, **listed})
 
 
 def fold(
@@ -98,10 +54,16 @@ def fold(
     """
     cuts: dict[str, tuple[Shard, ...]] = {}
     kinds: dict[str, Family] = {}
-    blocks = [n for n, _ in model.named_modules() if re.fullmatch(preset.moe, n)]
+    blocks = [
+        name
+        for name, module in model.named_modules()
+        if re.fullmatch(preset.moe, name) and hasattr(module, preset.experts)
+    ]
     if not blocks:
-        found = "a regular expression on the full name of a module"
-        raise ConfigError("matches no module of the model", "folding.preset.moe", preset.moe, found)
+        problem = f"no module of {type(model).__name__} is a MoE block by"
+        allowed = "a model with MoE blocks, or the preset of this model"
+        raise ConfigError(problem, "folding.preset.moe", preset.moe, allowed)
+    _check_attention(model, preset, groups)
     for layer, name in enumerate(blocks):
         block = model.get_submodule(name)
         folded = _fold_block(name, block, preset, groups, auxiliary, points, layer, cuts)
@@ -119,7 +81,12 @@ def fold(
         elif "norm" in type(module).__name__.lower():
             kinds[name] = "layernorm"
     return [
-        FoldedParameter(name, parameter, Placement(_family(name, kinds), cuts.get(name, ())))
+        FoldedParameter(
+            name,
+            parameter,
+            Placement(_family(name, kinds), cuts.get(name, ())),
+            partial=_ends(name.rpartition(".")[0], preset.partial),
+        )
         for name, parameter in model.named_parameters()
     ]
 
@@ -153,9 +120,13 @@ def _fold_block(
         cuts[full_name] = shards
         local[part] = _part(experts.get_parameter(part), shards, groups, full_name)
     shared = block.get_submodule(preset.shared_experts) if preset.shared_experts else None
+    if preset.top_k is not None:
+        router = Router(router.get_parameter("weight"), getattr(router, "bias", None))
+    if getattr(block, "jitter_noise", 0.0):
+        raise ConfigError("not supported", f"{name}.jitter_noise", block.jitter_noise, [0.0])
     return FoldedMoE(
-        router=Router(router.get_parameter("weight"), getattr(router, "bias", None)),
-        experts=RoutedExperts(names, local),
+        router=router,
+        experts=RoutedExperts(names, local, getattr(experts, "act_fn", nn.functional.silu)),
         shared=shared,
         num_experts=num_experts,
         options=RouterOptions(preset.top_k, preset.score, preset.normalize),
@@ -184,7 +155,11 @@ def _cut_linears(
     points: Points,
     cuts: dict[str, tuple[Shard, ...]],
 ) -> None:
-    regions = [n for n, _ in model.named_modules() if _ends(n, preset.regions)]
+    regions = [
+        name
+        for name, module in model.named_modules()
+        if _ends(name, preset.regions) and not isinstance(module, FoldedMoE)
+    ]
     shared = tuple(
         f"{name}.{preset.shared_experts}."
         for name, module in model.named_modules()
@@ -199,6 +174,10 @@ def _cut_linears(
             shards = {"weight": (Shard("tp", 0),), "bias": (Shard("tp", 0),)}
         elif _ends(name, preset.row):
             shards = {"weight": (Shard("tp", 1),), "bias": ()}
+        elif tail := _tail(model, name, preset):
+            tailed = SharedTailLinear(module.weight, module.bias, tail, groups.tp)
+            _replace(model, name, tailed)
+            continue
         else:
             continue
         parts = {}
@@ -215,6 +194,28 @@ def _cut_linears(
             inside = any(name.startswith(f"{region}.") for region in regions)
             new = ColumnParallelLinear(weight, bias, groups.tp, enters=not inside)
         _replace(model, name, new)
+
+
+def _tail(model: nn.Module, name: str, preset: Preset) -> int:
+    """Give the width of the outputs that go to the heads without a column-parallel linear."""
+    for pattern, attribute in preset.tails:
+        if _ends(name, (pattern,)):
+            return int(getattr(model.get_submodule(name.rpartition(".")[0]), attribute))
+    return 0
+
+
+def _check_attention(model: nn.Module, preset: Preset, groups: FoldGroups) -> None:
+    """Refuse head counts that the lanes cannot share; an even cut may still split a head."""
+    for name, module in model.named_modules():
+        sizes = getattr(module, "config", None)
+        if not re.fullmatch(preset.attention, name) or sizes is None:
+            continue
+        for key in ("num_attention_heads", "num_key_value_heads"):
+            heads = getattr(sizes, key, groups.tp.size)
+            if heads % groups.tp.size:
+                fitting = [d for d in range(1, heads + 1) if heads % d == 0]
+                problem = f"does not divide {key} = {heads} of {name}"
+                raise ConfigError(problem, _SIZE_KEYS["tp"], groups.tp.size, fitting)
 
 
 def _ends(name: str, patterns: tuple[str, ...]) -> bool:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fold_impl.config import ConfigError, FoldConfig
-from fold_impl.convert import Preset, fold
+from fold_impl.convert import fold
 from fold_impl.families import FoldedParameter
 from fold_impl.groups import FoldGroups, NewGroup, build_groups
 from fold_impl.moe import FoldedMoE
 from fold_impl.optimizers import make_optimizer
 from fold_impl.points import Points
+from fold_impl.presets import find_preset
 from fold_impl.reduce import clip_coefficient, global_norm, reduce_gradients
 from fold_impl.router import AuxiliaryOptions
 
@@ -68,6 +69,10 @@ class NativeEngine:
     def moe_layers(self) -> list[FoldedMoE]:
         """List the folded MoE layers in forward order."""
         return [module for module in self.module.modules() if isinstance(module, FoldedMoE)]
+
+    def auxiliary_loss(self) -> Tensor | float:
+        """Give the routers' auxiliary losses of the last forward, to be added to the loss."""
+        return sum(layer.auxiliary for layer in self.moe_layers())
 
     def train(self, mode: bool = True) -> NativeEngine:
         """Switch the module between training and evaluation."""
@@ -170,10 +175,7 @@ def build_engine(
 ) -> NativeEngine:
     """Fold and wrap with everything passed in: rank, process groups, points."""
     points = points or Points()
-    if config.preset is None:
-        allowed = "a table as of fold_impl.convert.Preset"
-        raise ConfigError("is needed to find the MoE blocks", "folding.preset", None, allowed)
-    preset = Preset.from_dict(config.preset)
+    preset = find_preset(config.preset_model, config.preset)
     before = dict(model.named_parameters())
     groups = build_groups(config.layout, rank, new_group, points)
     auxiliary = AuxiliaryOptions(config.load_balance_coef, config.z_loss_coef, config.aux_scope)

@@ -8,7 +8,7 @@ Shapes: L local experts, F local expert width, H hidden, N rows sorted by local 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,18 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 class RoutedExperts(nn.Module):
     """Local experts, holding parameters under the names of the module they replace.
 
-    gate and up: (L, F, H) each, or one fused gate_up (L, 2F, H); down: (L, H, F).
+    gate and up: (L, F, H) each, or one fused gate_up (L, 2F, H); down: (L, H, F). activation acts
+    on the gate's output.
     """
 
-    def __init__(self, names: ExpertNames, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        names: ExpertNames,
+        parameters: dict[str, nn.Parameter],
+        activation: Callable[[Tensor], Tensor] = F.silu,
+    ) -> None:
         super().__init__()
-        self.names = names
+        self.names, self.activation = names, activation
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
 
@@ -32,8 +38,8 @@ class RoutedExperts(nn.Module):
         gate_up = self.gate_up()
         down = self.get_parameter(self.names.down)
         if x_NH.is_cuda and x_NH.dtype == torch.bfloat16:
-            return _grouped(x_NH, gate_up, down, counts)
-        return _looped(x_NH, gate_up, down, counts)
+            return self._grouped(x_NH, gate_up, down, counts)
+        return self._looped(x_NH, gate_up, down, counts)
 
     def gate_up(self) -> Tensor:
         """Give the fused (L, 2F, H) weight, gate rows first."""
@@ -42,24 +48,26 @@ class RoutedExperts(nn.Module):
         pair = [self.get_parameter(self.names.gate), self.get_parameter(self.names.up)]
         return torch.cat(pair, dim=1)
 
+    def _looped(
+        self, x_NH: Tensor, gate_up: Tensor, down: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        rows = []
+        for x, w13, w2 in zip(x_NH.split(list(counts)), gate_up.unbind(0), down.unbind(0), strict=True):
+            gate, up = F.linear(x, w13).chunk(2, dim=-1)
+            rows.append(F.linear(self.activation(gate) * up, w2))
+        return torch.cat(rows)
+
+    def _grouped(
+        self, x_NH: Tensor, gate_up: Tensor, down: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        ends = torch.tensor(counts, device=x_NH.device).cumsum(0).to(torch.int32)
+        hidden = torch._grouped_mm(x_NH, gate_up.transpose(-2, -1), offs=ends)
+        gate, up = hidden.chunk(2, dim=-1)
+        return torch._grouped_mm(self.activation(gate) * up, down.transpose(-2, -1), offs=ends)
+
 
 class ExpertNames:
     """Parameter names inside the experts module; `up` None means gate holds both, gate first."""
 
     def __init__(self, gate: str, up: str | None, down: str) -> None:
         self.gate, self.up, self.down = gate, up, down
-
-
-def _looped(x_NH: Tensor, gate_up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
-    rows = []
-    for x, w13, w2 in zip(x_NH.split(list(counts)), gate_up.unbind(0), down.unbind(0), strict=True):
-        gate, up = F.linear(x, w13).chunk(2, dim=-1)
-        rows.append(F.linear(F.silu(gate) * up, w2))
-    return torch.cat(rows)
-
-
-def _grouped(x_NH: Tensor, gate_up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
-    ends = torch.tensor(counts, device=x_NH.device).cumsum(0).to(torch.int32)
-    hidden = torch._grouped_mm(x_NH, gate_up.transpose(-2, -1), offs=ends)
-    gate, up = hidden.chunk(2, dim=-1)
-    return torch._grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=ends)

@@ -44,6 +44,8 @@ class FoldedParameter:
     name: str
     parameter: nn.Parameter
     placement: Placement
+    partial: bool = False
+    """Replicated, but each lane's gradient covers its own heads only (a norm inside a head)."""
 
     @property
     def family(self) -> Family:
@@ -58,7 +60,7 @@ class Rule(Enum):
     over an axis divided by the divisor is the objective's gradient:
 
         AVERAGE           stage = tp x dp, / (tp dp)   replicated over lanes: mean of lanes, of dp
-        SUM               stage = tp x dp, / dp        each lane holds a part (own tokens only)
+        SUM               stage = tp x dp, / dp        each lane holds a part (own tokens, heads)
         SKIP              dp,              / dp        sharded over lanes: each has its own weight
         EXPERT_TP_CANCEL  edp,             / (tp dp)   restore's factor tp undone, mean over dp
         EXPERT            edp,             / dp        no restore factor (own-token slices)
@@ -83,13 +85,13 @@ class Rule(Enum):
         return layout.dp_size
 
 
-def rule_of(placement: Placement) -> Rule:
+def rule_of(placement: Placement, *, partial: bool = False) -> Rule:
     """Choose the rule of a parameter under strategy route_full."""
     if placement.family == "expert":
         return Rule.EXPERT_TP_CANCEL
     if any(shard.axis == "tp" for shard in placement.shards):
         return Rule.SKIP
-    return Rule.AVERAGE
+    return Rule.SUM if partial else Rule.AVERAGE
 
 
 def replicas(placement: Placement, layout: FoldLayout) -> int:

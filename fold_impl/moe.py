@@ -20,7 +20,7 @@ from fold_impl import dispatch
 from fold_impl.experts import RoutedExperts
 from fold_impl.groups import FoldGroups
 from fold_impl.points import Points
-from fold_impl.router import AuxiliaryOptions, RouterOptions, auxiliary_loss, choose
+from fold_impl.router import AuxiliaryOptions, Choice, RouterOptions, auxiliary_loss, choose
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,7 @@ class FoldedMoE(nn.Module):
         tp = self.groups.tp
         enter: Callable[..., Tensor] = self._point("moe.input", dispatch.enter_routed, group=tp)
         x_TH = self._point("moe.entered", enter(x_TH, tp))
-        router = self.get_submodule(self._names[0])
-        logits_TE = self._point("router.logits", router(x_TH))
-        choice = choose(logits_TE, self.options, self.forced_TK, self._point)
+        choice = self._choice(x_TH)
         self.indices_TK = choice.indices_TK
         if self.auxiliary_options.active:
             self.auxiliary = auxiliary_loss(
@@ -100,6 +98,20 @@ class FoldedMoE(nn.Module):
             )
         own = slice(*dispatch.share_bounds(x_TH.shape[0], tp))
         return self._share(x_TH, choice.indices_TK, choice.weights_TK, own)
+
+    def _choice(self, x_TH: Tensor) -> Choice:
+        """Ask the router: ours gives logits, a model's own gate (logits, weights, indices)."""
+        answer = self.get_submodule(self._names[0])(x_TH)
+        if self.options.top_k is not None:
+            logits_TE = self._point("router.logits", answer)
+            return choose(logits_TE, self.options, self.forced_TK, self._point)
+        assert self.forced_TK is None, "a model's own gate cannot be forced"
+        logits_TE, weights_TK, indices_TK = answer
+        return Choice(
+            self._point("router.logits", logits_TE),
+            self._point("router.indices", indices_TK),
+            self._point("router.weights", weights_TK),
+        )
 
     def _share(self, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, own: slice) -> Tensor:
         """Send this lane's (token, expert) assignments through the experts and combine them."""
@@ -111,7 +123,7 @@ class FoldedMoE(nn.Module):
         by_token = torch.empty_like(order)
         by_token[order] = torch.arange(order.numel(), device=order.device)
         outputs = returned.index_select(0, by_token).view(-1, top_k, x_TH.shape[1])
-        weights = self._point("combine.weights", weights_TK[own])
+        weights = self._point("combine.weights", weights_TK[own].to(outputs.dtype))
         return (outputs * weights.unsqueeze(-1)).sum(1)
 
     def _through_experts(self, rows: Tensor, flat: Tensor) -> Tensor:

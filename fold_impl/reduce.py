@@ -64,7 +64,8 @@ def _buckets(
     """Group parameters of one rule and dtype, at most `limit` elements together."""
     kinds: dict[tuple[Rule, torch.dtype], list[FoldedParameter]] = {}
     for member in parameters:
-        rule = points("reduce.rule", rule_of(member.placement), **_facts(member, layout))
+        rule = rule_of(member.placement, partial=member.partial)
+        rule = points("reduce.rule", rule, **_facts(member, layout))
         kinds.setdefault((rule, member.parameter.dtype), []).append(member)
     for (rule, _), members in kinds.items():
         start = numel = 0

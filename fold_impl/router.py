@@ -20,9 +20,9 @@ from fold_impl.points import Points
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """What the chosen scores are made of."""
+    """What the chosen scores are made of; top_k None: the model's own gate chooses."""
 
-    top_k: int
+    top_k: int | None
     score: str = "softmax"
     normalize: bool = True
 
@@ -60,7 +60,7 @@ def choose(
 
     Args:
         logits_TE: (T, E).
-        options: top_k, score function, normalisation.
+        options: top_k (not None), score function, normalisation.
         forced_TK: experts to use instead of the own choice (replay), or None.
         point: (name, value) -> value.
     """

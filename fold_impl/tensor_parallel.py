@@ -134,3 +134,24 @@ def enter_region(module: nn.Module, group: Group) -> None:
 
     if group.handle is not None:
         module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+class SharedTailLinear(nn.Module):
+    """A replicated linear whose last `tail` output columns feed the sharded heads directly.
+
+    Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) makes one rotary key
+    for all heads: each lane's heads give a part of its gradient, while the rest of the output
+    reaches the lanes through a column-parallel linear that adds the parts up by itself.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, tail: int, group: Group
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias, self.tail, self.group = weight, bias, tail, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the linear, handing the tail to the lanes."""
+        y = F.linear(x, self.weight, self.bias)
+        head, tail = y.split([y.shape[-1] - self.tail, self.tail], dim=-1)
+        return torch.cat([head, enter_lanes(tail, self.group)], dim=-1)

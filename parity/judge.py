@@ -26,7 +26,7 @@ from parity.implementation import Placement
 from parity.layout import Layout
 from parity.optimizers import ReferenceOptimizer
 from parity.store import Row, engine_of, shape_of
-from parity.trial import Order, RankResult
+from parity.trial import Order, Planted, RankResult
 
 MAX_DRAWS = 12
 """Seeds tried before a case whose routing is never safe is given up."""
@@ -92,8 +92,16 @@ class _UnsafeRoutingError(Exception):
 class Judge:
     """Judges one implementation case after case; caches truths and baselines in between."""
 
-    def __init__(self, *, implementation: str, pool: Pool, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        *,
+        implementation: str,
+        pool: Pool,
+        device: str = "cpu",
+        planted: tuple[Planted, ...] = (),
+    ) -> None:
         self.implementation, self.pool, self.device = implementation, pool, device
+        self.planted = planted
         self._truths: dict[str, reference.Evaluation] = {}
         self._baselines: dict[str, tuple[Run, list[reference.Evaluation]]] = {}
 
@@ -204,8 +212,9 @@ class Judge:
 
     def _run(self, case: Case, layout: Layout, setting: Setting) -> Run:
         order = Order(
-            case, self.implementation, layout, setting.seed, setting.lr, setting.clip
-        )
+            case, self.implementation, layout, setting.seed, setting.lr, setting.clip,
+            planted=self.planted,
+        )  # fmt: skip
         if case.engine.backend == "threads":
             results = self.pool.run(1, "parity.threads:run", [order], case.deadline_s)[0]
         else:

@@ -1,0 +1,757 @@
+"""A case: model x shape x engine x data, read from TOML and checked before any rank starts.
+
+Owns every field a case may have, its defaults, what is refused, and the ids. Must not know torch.
+Easy to get wrong: the seed is not an axis, two cases with one id are one case.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from parity.errors import CaseError, NothingSelectedError, UsageError
+from parity.layout import Layout
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - the same parser under its older name
+    import tomli as tomllib
+
+DEFAULT_SUITE = "seed"
+
+Positive = Annotated[int, Field(ge=1)]
+Coefficient = Annotated[float, Field(ge=0.0)]
+
+
+class Part(BaseModel):
+    """Frozen record that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Shape(Part):
+    """Sizes the user gives; dp and edp are derived by `parity.layout.Layout`."""
+
+    world: Positive
+    tp: Positive = 1
+    ep: Positive = 1
+    etp: Positive = 1
+    pp: Positive = 1
+
+
+class Model(Part):
+    """The small transformer of `parity.models`; a block is attention, dense MLP and MoE."""
+
+    name: Literal["tiny"] = "tiny"
+    layers: Positive = 2
+    hidden: Annotated[int, Field(ge=48)] = 48
+    heads: Positive = 12
+    mlp_width: Positive = 60
+    vocab: Positive = 37
+    experts: Annotated[int, Field(ge=4)] = 12
+    expert_width: Positive = 36
+    top_k: Positive = 2
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    """Divide the chosen routing weights by their sum."""
+    shared_width: Annotated[int, Field(ge=0)] = 0
+    """Width of one shared expert beside the routed ones; 0: none."""
+    biases: bool = False
+    tied: bool = False
+    """Embedding and head share one weight."""
+
+
+class Optimizer(Part):
+    """Optimizer and its constants; lr None: chosen so that a step is near the weights' size."""
+
+    name: Literal["sgd", "momentum", "adam", "adamw", "lion"] = "sgd"
+    lr: Annotated[float, Field(gt=0.0)] | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Coefficient = 0.0
+    momentum: float = 0.9
+
+
+class Engine(Part):
+    """How the implementation is asked to run."""
+
+    name: Literal["native", "deepspeed"] = "native"
+    strategy: Literal["route_full"] = "route_full"
+    backend: Literal["gloo", "nccl", "threads"] = "gloo"
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
+    zero: Annotated[int, Field(ge=0, le=3)] | None = None
+    gas: Positive = 1
+    clip: Coefficient = 0.0
+    """Largest allowed global gradient norm as a fraction of the reference's own norm; 0: off."""
+    sequence_parallel_size: Positive = 1
+    options: dict[str, Any] = {}
+    """Further sections handed to the engine's config as they are."""
+
+
+class Auxiliary(Part):
+    """Auxiliary router losses added to each micro-batch's loss."""
+
+    load_balance: Coefficient = 0.0
+    z_loss: Coefficient = 0.0
+    scope: Literal["global", "rank"] = "rank"
+
+
+class Data(Part):
+    """Tokens of the case; by default every (dp rank, micro-batch) has another number of them."""
+
+    sequences: Positive = 1
+    length: Positive = 5
+    """Shortest sequence; the n-th (dp rank, micro-batch) is n tokens longer when uneven."""
+    uneven: bool = True
+    idle_expert: bool = True
+    """Make the last expert of every layer one that no token chooses."""
+    lane_varying: bool = False
+    """Add to each lane's loss its own linear probe of every MoE output."""
+
+
+class Case(Part):
+    """One cell: everything that fixes what is computed, except the seed's redraws."""
+
+    id: str
+    suite: str
+    file: str
+    shape: Shape
+    model: Model = Model()
+    engine: Engine = Engine()
+    optimizer: Optimizer = Optimizer()
+    auxiliary: Auxiliary = Auxiliary()
+    data: Data = Data()
+    steps: Positive = 1
+    seed: int = 0
+    deadline_s: Annotated[float, Field(gt=0.0)] = 60.0
+
+    @property
+    def layout(self) -> Layout:
+        """Give the rank algebra of the folded run."""
+        return Layout(**self.shape.model_dump())
+
+
+# --- the flat form: dotted key -> value -------------------------------------------------------
+#
+# TOML may write `model.top_k = 1`, `"model.top_k" = 1` or `[model] top_k = 1`; all three become
+# {"model.top_k": 1}, so that merging base, axes and overrides is a plain dict update.
+
+Flat = dict[str, Any]
+SECTIONS: dict[str, type[Part]] = {
+    "shape": Shape,
+    "model": Model,
+    "engine": Engine,
+    "optimizer": Optimizer,
+    "auxiliary": Auxiliary,
+    "data": Data,
+}
+_IDENTITY = ("id", "suite", "file")
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Flat:
+    """Turn nested tables into dotted keys."""
+    flat: Flat = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested tables; a scalar where a table is needed stays a scalar."""
+    root: dict[str, Any] = {}
+    for key, value in sorted(flat.items()):
+        *tables, leaf = key.split(".")
+        at = root
+        for name in tables:
+            inner = at.setdefault(name, {})
+            if not isinstance(inner, dict):
+                break
+            at = inner
+        else:
+            at[leaf] = value
+    return root
+
+
+def _defaults() -> Flat:
+    """List every field of a case with its default; required ones map to None."""
+    flat: Flat = {}
+    for name, section in SECTIONS.items():
+        for key, field in section.model_fields.items():
+            flat[f"{name}.{key}"] = None if field.is_required() else field.default
+    for key, field in Case.model_fields.items():
+        if key not in SECTIONS and key not in _IDENTITY:
+            flat[key] = field.default
+    return flat
+
+
+DEFAULTS: Flat = _defaults()
+
+# --- ids --------------------------------------------------------------------------------------
+
+
+class Token(NamedTuple):
+    """How one field shows in an id: `prefix + value`, or the prefix alone at its usual value."""
+
+    key: str
+    prefix: str
+    usual: object = None
+
+
+_TOKENS = (
+    Token("shape.tp", "tp"),
+    Token("shape.ep", "ep"),
+    Token("shape.etp", "etp"),
+    Token("shape.pp", "pp"),
+    Token("engine.name", "ds", "deepspeed"),
+    Token("engine.zero", "z"),
+    Token("engine.backend", ""),
+    Token("engine.strategy", ""),
+    Token("engine.gas", "gas"),
+    Token("engine.clip", "clip", 0.5),
+    Token("auxiliary.load_balance", "aux", 0.02),
+    Token("auxiliary.z_loss", "zloss", 1e-3),
+    Token("data.lane_varying", "lanes", True),
+    Token("data.uneven", "even", False),
+    Token("data.idle_expert", "busy", False),
+    Token("data.sequences", "B"),
+    Token("data.length", "T"),
+    Token("model.top_k", "k"),
+    Token("model.score", ""),
+    Token("model.normalize", "unnormalized", False),
+    Token("model.shared_width", "shared", 24),
+    Token("model.biases", "bias", True),
+    Token("model.tied", "tied", True),
+    Token("model.layers", "L"),
+    Token("model.hidden", "H"),
+    Token("model.heads", "heads"),
+    Token("model.mlp_width", "mlp"),
+    Token("model.experts", "E"),
+    Token("model.expert_width", "F"),
+    Token("model.vocab", "V"),
+    Token("model.name", ""),
+    Token("engine.sequence_parallel_size", "sp"),
+    Token("steps", "steps"),
+)
+_LAST = ("optimizer.name", "engine.dtype")
+_UNNAMED = ("shape.world", "auxiliary.scope", "seed", "deadline_s", *_LAST)
+"""Fields without a token of their own: shown in another place, or not part of what is computed."""
+_DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def identify(flat: Mapping[str, Any]) -> str:
+    """Name a case: the shape, whatever differs from the defaults, then optimizer and dtype.
+
+    Works on unchecked values too, so that a refusal can say which case it is about.
+    """
+    given = {**DEFAULTS, **flat}
+    if given["engine.name"] == "deepspeed" and given["engine.zero"] is not None:
+        given["engine.name"] = DEFAULTS["engine.name"]  # -z2 says that DeepSpeed's engine runs
+    named = [*_TOKENS, *_further_tokens()]
+    parts = [f"w{_text(given['shape.world'])}"]
+    parts += [_show(t, given) for t in named if given[t.key] != DEFAULTS[t.key]]
+    parts += _options_token(flat)
+    parts += [_text(given["optimizer.name"]), _DTYPES.get(str(given["engine.dtype"]), "fp?")]
+    return "-".join(parts)
+
+
+def _further_tokens() -> list[Token]:
+    """Make tokens for fields the table above does not name, so that no field is left out."""
+    known = {*_UNNAMED, "engine.options", *(t.key for t in _TOKENS)}
+    return [Token(key, key.rpartition(".")[2]) for key in DEFAULTS if key not in known]
+
+
+def _show(token: Token, given: Mapping[str, Any]) -> str:
+    value = given[token.key]
+    text = token.prefix + ("" if value == token.usual else _text(value))
+    is_auxiliary = token.key.startswith("auxiliary.")
+    return text + "g" if is_auxiliary and given["auxiliary.scope"] == "global" else text
+
+
+def _options_token(flat: Mapping[str, Any]) -> list[str]:
+    options = {k: v for k, v in flat.items() if k.startswith("engine.options.")}
+    if not options:
+        return []
+    canonical = json.dumps(options, sort_keys=True, default=str)
+    return [f"options{hashlib.sha256(canonical.encode()).hexdigest()[:6]}"]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return "_".join(map(_text, value))
+    plain = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9._+]+", "_", plain) if value is not None else "?"
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+class _Problem(NamedTuple):
+    key: str
+    value: object
+    problem: str
+    allowed: Sequence[object] | str
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _tiling_problems(shape: Shape, model: Model) -> Iterator[_Problem]:
+    """Find sizes that do not tile the ranks or the model, each with the values that would do."""
+    if shape.pp > 1:
+        yield _Problem("shape.pp", shape.pp, "pipeline stages are not supported yet", [1])
+        return
+    widths = {"model.heads": model.heads, "model.mlp_width": model.mlp_width}
+    if model.shared_width:
+        widths["model.shared_width"] = model.shared_width
+    tps = [d for d in _divisors(shape.world) if not any(w % d for w in widths.values())]
+    if shape.world % shape.tp:
+        yield _Problem("shape.tp", shape.tp, f"does not divide world {shape.world}", tps)
+    for key, width in widths.items():
+        if width % shape.tp:
+            yield _Problem("shape.tp", shape.tp, f"does not divide {key} {width}", tps)
+    etps = [d for d in _divisors(shape.world) if model.expert_width % d == 0]
+    if model.expert_width % shape.etp:
+        problem = f"does not divide model.expert_width {model.expert_width}"
+        yield _Problem("shape.etp", shape.etp, problem, etps)
+    eps = [d for d in _divisors(model.experts) if shape.world % (d * shape.etp) == 0]
+    if shape.world % (shape.ep * shape.etp):
+        problem = f"ep*etp = {shape.ep * shape.etp} does not divide world {shape.world}"
+        if eps:
+            yield _Problem("shape.ep", shape.ep, problem, eps)
+        yield _Problem("shape.etp", shape.etp, problem, etps)
+    if model.experts % shape.ep:
+        yield _Problem("shape.ep", shape.ep, f"does not divide model.experts {model.experts}", eps)
+
+
+def _model_problems(model: Model, idle_expert: bool) -> Iterator[_Problem]:
+    """Find model sizes that contradict one another."""
+    if model.hidden % model.heads:
+        problem = f"model.hidden {model.hidden} is not a multiple of the heads"
+        yield _Problem("model.heads", model.heads, problem, _divisors(model.hidden))
+    choosable = model.experts - idle_expert
+    if model.top_k > choosable:
+        problem = f"only {choosable} of {model.experts} experts can be chosen"
+        problem += " (data.idle_expert keeps one out)" if idle_expert else ""
+        yield _Problem("model.top_k", model.top_k, problem, f"1 to {choosable}")
+
+
+def _engine_problems(case: Case) -> Iterator[_Problem]:
+    """Find engine options that cannot work together."""
+    engine = case.engine
+    if case.shape.tp > 1 and engine.sequence_parallel_size > 1:
+        yield _Problem(
+            "engine.sequence_parallel_size",
+            engine.sequence_parallel_size,
+            f"Ulysses cannot be combined with tensor parallelism (shape.tp = {case.shape.tp})",
+            [1],
+        )
+    if engine.name == "native" and engine.zero is not None:
+        problem = 'ZeRO belongs to DeepSpeed; leave it out or set engine.name = "deepspeed"'
+        yield _Problem("engine.zero", engine.zero, problem, "leave the key out")
+    if engine.name == "deepspeed" and engine.backend == "threads":
+        problem = "DeepSpeed keeps module-level state and cannot run in threads"
+        yield _Problem("engine.backend", engine.backend, problem, ["gloo", "nccl"])
+    if engine.name == "deepspeed" and engine.dtype == "float64":
+        allowed = ["float32", "bfloat16", "float16"]
+        yield _Problem("engine.dtype", engine.dtype, "DeepSpeed has no float64 engine", allowed)
+    for beta in case.optimizer.betas:
+        if not 0.0 <= beta < 1.0:
+            yield _Problem("optimizer.betas", beta, "is not a decay rate", "0 <= beta < 1")
+
+
+def check(case: Case) -> None:
+    """Refuse a case that cannot be run as written.
+
+    Raises:
+        CaseError: names the first key at fault, its value and the values that would do.
+    """
+    problems = itertools.chain(
+        _model_problems(case.model, case.data.idle_expert),
+        _tiling_problems(case.shape, case.model),
+        _engine_problems(case),
+    )
+    for key, value, problem, allowed in problems:
+        raise CaseError(
+            problem, file=case.file, case=case.id, key=key, value=value, allowed=allowed
+        )
+
+
+def _first(problems: ValidationError) -> Mapping[str, Any]:
+    """Choose the complaint to show: a mistyped key also leaves the right one missing."""
+    errors = problems.errors()
+    return next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+
+
+def _schema_refusal(error: Mapping[str, Any], *, file: str, case: str | None) -> CaseError:
+    """Word pydantic's first complaint as one message that names every allowed value."""
+    loc = [str(part) for part in error["loc"]]
+    where: dict[str, Any] = {"file": file, "case": case, "key": ".".join(loc)}
+    if error["type"] == "missing":
+        return CaseError("required key is missing", **where)
+    where["value"] = error["input"]
+    if error["type"] == "extra_forbidden":
+        return CaseError("unknown key", **where, allowed=_siblings(loc))
+    allowed = (error.get("ctx") or {}).get("expected") or error["msg"]
+    return CaseError("value not allowed", **where, allowed=_plain(str(allowed)))
+
+
+def _siblings(loc: Sequence[str]) -> list[str]:
+    if len(loc) > 1 and loc[0] in SECTIONS:
+        return list(SECTIONS[loc[0]].model_fields)
+    return [key for key in Case.model_fields if key not in _IDENTITY]
+
+
+def _plain(message: str) -> str:
+    return message.removeprefix("Input should be ").replace("an object", "a table")
+
+
+def make(flat: Mapping[str, Any], *, suite: str, file: str, id: str | None = None) -> Case:
+    """Build one checked case out of its flat form.
+
+    Raises:
+        CaseError: a key is unknown, or a value is not allowed.
+    """
+    name = id if id is not None else identify(flat)
+    for key in _IDENTITY:
+        if key in flat:
+            raise CaseError(
+                "cannot be set here", file=file, case=name, key=key, value=flat[key],
+                allowed=_siblings([]),
+            )  # fmt: skip
+    fields = {"shape": {}, **nest(flat), "id": name, "suite": suite, "file": file}
+    try:  # strict JSON mode: no "3" for 3, no true for 1, yet lists are good for tuples
+        case = Case.model_validate_json(json.dumps(fields, default=repr), strict=True)
+    except ValidationError as problems:
+        raise _schema_refusal(_first(problems), file=file, case=name) from None
+    check(case)
+    return case
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+class Override(Part):
+    """Change of every case of the matrix that matches `when`."""
+
+    when: dict[str, Any]
+    set: dict[str, Any]
+
+
+class Exclude(Part):
+    """Drop every case of the matrix that matches `when`."""
+
+    when: dict[str, Any]
+
+
+class CaseFile(Part):
+    """One TOML file: shared fields, a matrix over axes, and single further cases."""
+
+    suite: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    base: dict[str, Any] = {}
+    axes: dict[str, Any] = {}
+    override: list[Override] = []
+    exclude: list[Exclude] = []
+    case: list[dict[str, Any]] = []
+
+
+def is_case_file(path: Path) -> bool:
+    """Say whether a file declares a suite, even where the rest of it is malformed."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return re.search(r"^\s*suite\s*=", text, re.MULTILINE) is not None
+
+
+def load_toml(text: str) -> dict[str, Any]:
+    """Parse TOML text."""
+    return tomllib.loads(text)
+
+
+def load_file(path: Path) -> list[Case]:
+    """Read one case file and expand it.
+
+    Raises:
+        CaseError: the file cannot be read, is malformed, or a case of it is refused.
+    """
+    file = _display(path)
+    try:
+        table = load_toml(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise CaseError(f"malformed TOML: {problem}", file=file) from None
+    except OSError as problem:
+        raise CaseError(f"cannot be read: {problem.strerror}", file=file) from None
+    try:
+        parsed = CaseFile.model_validate(table)
+    except ValidationError as problems:
+        raise _file_refusal(_first(problems), file) from None
+    cases = [*_matrix(parsed, file), *_singles(parsed, file)]
+    if not cases:
+        raise CaseError("no case: give [axes] or [[case]]", file=file)
+    _refuse_duplicates(cases)
+    return cases
+
+
+def _file_refusal(error: Mapping[str, Any], file: str) -> CaseError:
+    refusal = _schema_refusal(error, file=file, case=None)
+    if error["type"] != "extra_forbidden":
+        return refusal
+    parts: dict[str, type[Part]] = {"override": Override, "exclude": Exclude}
+    part = parts.get(str(error["loc"][0]), CaseFile)
+    return CaseError("unknown key", file=file, key=refusal.key, value=refusal.value,
+                     allowed=list(part.model_fields))  # fmt: skip
+
+
+def _display(path: Path) -> str:
+    """Show a path as the user would type it: relative where it lies under the working folder."""
+    here = Path.cwd()
+    full = path.resolve()
+    return str(full.relative_to(here)) if full.is_relative_to(here) else str(full)
+
+
+def _axis_entries(file: str, axis: str, entries: object) -> list[Flat]:
+    """Give what each entry of one axis sets.
+
+    A table under a section's name is relative to it; under any other name it is a bundle of
+    fields, the name being a label.
+    """
+    if not isinstance(entries, list) or not entries:
+        raise CaseError("an axis is a list with at least one entry", file=file,
+                        key=f"axes.{axis}", value=entries)  # fmt: skip
+    prefix = f"{axis}." if axis in SECTIONS or axis.startswith("engine.options") else ""
+    return [flatten(e, prefix) if isinstance(e, dict) else {axis: e} for e in entries]
+
+
+def _matrix(parsed: CaseFile, file: str) -> Iterator[Case]:
+    """Expand the product of the axes, then overrides in order, then exclusions."""
+    if not parsed.axes:
+        if parsed.override or parsed.exclude:
+            raise CaseError("there is no matrix to change", file=file, key="override, exclude",
+                            allowed="give [axes]")  # fmt: skip
+        return
+    axes = [_axis_entries(file, axis, entries) for axis, entries in flatten(parsed.axes).items()]
+    base = flatten(parsed.base)
+    cells = [_merge(base, *choice) for choice in itertools.product(*axes)]
+    for index, override in enumerate(parsed.override):
+        where = f"override[{index}]"
+        matched = _matching(cells, flatten(override.when), file, f"{where}.when")
+        cells = [_merge(c, flatten(override.set)) if m else c
+                 for c, m in zip(cells, matched, strict=True)]  # fmt: skip
+    for index, exclude in enumerate(parsed.exclude):
+        matched = _matching(cells, flatten(exclude.when), file, f"exclude[{index}].when")
+        cells = [c for c, m in zip(cells, matched, strict=True) if not m]
+    for cell in cells:
+        yield make(cell, suite=parsed.suite, file=file)
+
+
+def _merge(*parts: Flat) -> Flat:
+    return dict(itertools.chain.from_iterable(part.items() for part in parts))
+
+
+def _matching(cells: Sequence[Flat], when: Flat, file: str, where: str) -> list[bool]:
+    """Say which cells have the given values (a list: any of them); refuse what matches none."""
+    for key in when:
+        if key not in DEFAULTS:
+            raise CaseError("unknown key", file=file, key=f"{where}.{key}", value=when[key],
+                            allowed=list(DEFAULTS))  # fmt: skip
+    matched = [
+        all(
+            {**DEFAULTS, **cell}[key] in (value if isinstance(value, list) else [value])
+            for key, value in when.items()
+        )
+        for cell in cells
+    ]
+    if not any(matched):
+        raise CaseError("matches no case of the matrix", file=file, key=where, value=when)
+    return matched
+
+
+def _singles(parsed: CaseFile, file: str) -> Iterator[Case]:
+    """Make the cases written one by one, each on top of [base]; they may name their own id."""
+    for entry in parsed.case:
+        fields = flatten(entry)
+        name = fields.pop("id", None)
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", str(name)):
+            raise CaseError("not an id", file=file, key="case.id", value=name,
+                            allowed="letters, digits, and . _ + - after the first")  # fmt: skip
+        cell = _merge(flatten(parsed.base), fields)
+        yield make(cell, suite=parsed.suite, file=file, id=name and str(name))
+
+
+def _refuse_duplicates(cases: Iterable[Case]) -> None:
+    seen: dict[str, Case] = {}
+    for case in cases:
+        other = seen.setdefault(case.id, case)
+        if other is not case and (other.suite == case.suite or not _same(other, case)):
+            raise _taken(case, other)
+
+
+def _taken(case: Case, other: Case) -> CaseError:
+    problem = f"the id is taken by another case of {other.file} (suite {other.suite})"
+    allowed = "any id not in use; seed and deadline_s alone make no case"
+    return CaseError(
+        problem, file=case.file, case=case.id, key="id", value=case.id, allowed=allowed
+    )
+
+
+def _same(one: Case, other: Case) -> bool:
+    """Say whether two suites hold the same cell, whatever file and deadline they name."""
+    ignored = {"suite", "file", "deadline_s"}
+    return one.model_dump(exclude=ignored) == other.model_dump(exclude=ignored)
+
+
+def find_folder(given: Path | None = None) -> Path:
+    """Find the folder of case files: the given one, ./cases, or the one the package came with.
+
+    Raises:
+        UsageError: there is none, or the given one is not a folder.
+    """
+    if given is not None:
+        if not given.is_dir():
+            raise UsageError(f"--cases {given}: no such folder")
+        return given
+    package = Path(__file__).resolve().parent
+    for folder in (Path("cases"), package.parent / "cases", package / "cases"):
+        if any(is_case_file(path) for path in folder.glob("*.toml")):
+            return folder
+    raise UsageError("no folder of case files: give --cases DIR, or run where ./cases is")
+
+
+def load_folder(folder: Path) -> list[Case]:
+    """Load every file of a folder, in the order of the file names.
+
+    Raises:
+        CaseError: a file is refused, or one suite uses an id twice.
+    """
+    files = sorted(folder.glob("*.toml"))
+    cases = [case for path in files for case in load_file(path)]
+    _refuse_duplicates(cases)
+    return cases
+
+
+def select(
+    selectors: Sequence[str] = (), *, suite: str | None = None, folder: Path | None = None
+) -> list[Case]:
+    """Choose cases by id, glob or file (`FILE` or `FILE::GLOB`); without any, by suite.
+
+    Args:
+        selectors: without a suite, ids and globs are looked up in every suite.
+        suite: keep only its cases; None without selectors means the default suite.
+        folder: where the case files are, see `find_folder`.
+
+    Raises:
+        UsageError: unknown suite or file, or a refused case.
+        NothingSelectedError: a selector matches nothing.
+    """
+    if not selectors:
+        return _of_suite(load_folder(find_folder(folder)), suite or DEFAULT_SUITE)
+    named = any(".toml" not in selector for selector in selectors)
+    pool = load_folder(find_folder(folder)) if named else []
+    if suite is not None and named:
+        pool = _of_suite(pool, suite)
+    return _distinct(case for s in selectors for case in _matches(s, pool, suite))
+
+
+def _distinct(cases: Iterable[Case]) -> list[Case]:
+    """Keep each cell once; refuse one id that stands for two different cells."""
+    chosen: dict[str, Case] = {}
+    for case in cases:
+        other = chosen.setdefault(case.id, case)
+        if not _same(other, case):
+            raise _taken(case, other)
+    return list(chosen.values())
+
+
+def _of_suite(cases: Sequence[Case], suite: str) -> list[Case]:
+    chosen = [case for case in cases if case.suite == suite]
+    if not chosen:
+        suites = ", ".join(sorted({case.suite for case in cases})) or "none"
+        raise UsageError(f"unknown suite {suite!r}; allowed: {suites}")
+    return chosen
+
+
+def _matches(selector: str, pool: Sequence[Case], suite: str | None) -> list[Case]:
+    path, _, pattern = selector.partition("::")
+    if path.endswith(".toml"):
+        pool = [c for c in load_file(Path(path)) if suite in (None, c.suite)]
+    else:
+        pattern = selector
+    found = [case for case in pool if fnmatch.fnmatchcase(case.id, pattern or "*")]
+    if not found:
+        raise NothingSelectedError(_nothing(selector, pattern, pool))
+    return found
+
+
+def _nothing(selector: str, pattern: str, pool: Sequence[Case]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(pattern, [case.id for case in pool], n=3, cutoff=0.5)
+    hint = f"; did you mean {', '.join(close)}?" if close else "; see `parity list`"
+    return f"no case matches {selector!r}{hint}"
+
+
+def run_order(cases: Iterable[Case]) -> list[Case]:
+    """Sort cases so that one gang and one reference serve as many in a row as possible."""
+
+    def key(case: Case) -> tuple[Any, ...]:
+        parts = (case.shape, case.model, case.data, case.auxiliary, case.engine)
+        return (case.shape.world, *(part.model_dump_json() for part in parts), case.id)
+
+    return sorted(cases, key=key)
+
+
+# --- JSON schema of a case file ---------------------------------------------------------------
+
+
+def file_schema() -> dict[str, Any]:
+    """Build the JSON schema of a case file; every field is optional until cases are expanded."""
+    source = Case.model_json_schema()
+    definitions: dict[str, Any] = source.pop("$defs")
+    for definition in definitions.values():
+        definition.pop("required", None)
+    fields = {k: v for k, v in source["properties"].items() if k not in _IDENTITY}
+    for name, section in SECTIONS.items():
+        for key, field in definitions[section.__name__]["properties"].items():
+            fields[f"{name}.{key}"] = field
+    when = {"type": "object", "minProperties": 1, "description": "key -> value, or any of a list"}
+    entry = {"type": "object", "properties": fields, "additionalProperties": False}
+    single = {**entry, "properties": {"id": {"type": "string"}, **fields}}
+    axis = {"anyOf": [{"type": "array", "minItems": 1}, {"type": "object"}]}
+    changes = {"when": when, "set": {"$ref": "#/$defs/Fields"}}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "parity case file",
+        "type": "object",
+        "required": ["suite"],
+        "additionalProperties": False,
+        "properties": {
+            "suite": CaseFile.model_json_schema()["properties"]["suite"],
+            "description": {"type": "string"},
+            "base": {"$ref": "#/$defs/Fields"},
+            "axes": {"type": "object", "additionalProperties": axis},
+            "override": _list_of(changes),
+            "exclude": _list_of({"when": when}),
+            "case": {"type": "array", "items": single},
+        },
+        "$defs": {**definitions, "Fields": entry},
+    }
+
+
+def _list_of(properties: dict[str, Any]) -> dict[str, Any]:
+    item = {"type": "object", "required": list(properties), "additionalProperties": False,
+            "properties": properties}  # fmt: skip
+    return {"type": "array", "items": item}

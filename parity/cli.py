@@ -1,0 +1,431 @@
+"""The command `parity`: commands, options, exit codes.
+
+Owns parsing and printing only; results go to stdout, progress and logs to stderr. Must not import
+torch, pandas or rich before a command needs them. Easy to get wrong: the exit code of a run is
+that of everything in its directory, the rows of a resumed run included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from parity import __version__
+from parity.case import (
+    DEFAULT_SUITE,
+    Case,
+    file_schema,
+    find_folder,
+    flatten,
+    load_folder,
+    run_order,
+    select,
+)
+from parity.errors import NothingSelectedError, ParityError, UsageError
+from parity.fingerprint import commit
+from parity.report import tables
+from parity.session import (
+    DEFAULT_IMPLEMENTATION,
+    MAX_LIVE_RANKS,
+    Finished,
+    OpenJudge,
+    Recorder,
+    Selection,
+    exit_code_of,
+    judge_case,
+    open_judge,
+    outside_files,
+    write_report,
+)
+from parity.store import FAILING, Row, RunDirectory
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: nothing is known about the cases that did not run."""
+REPORTS = Path("reports")
+_MOST_ANNOTATIONS = 10
+"""GitHub shows no more annotations of one kind in a step."""
+_MOST_SUMMARY_BYTES = 900_000
+"""GitHub refuses a step summary above 1 MiB."""
+_COLOURS = {"pass": "green", "fail": "red", "leak": "red", "error": "magenta", "skipped": "yellow"}
+
+
+class _Commands(click.Group):
+    """Group that ends with the exit code of our own errors, and with their message alone."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ParityError as error:
+            click.echo(f"parity: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+folder_option = click.option(
+    "--cases", "folder", type=click.Path(path_type=Path), metavar="DIR",
+    help="Folder of case files; default: ./cases, else the one that came with the package.",
+)  # fmt: skip
+suite_option = click.option("--suite", metavar="NAME", help="Keep the cases of one suite.")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="parity")
+def main() -> None:
+    """Judge the gradients of folded mixture-of-experts training.
+
+    Exit codes: 0 parity holds; 1 mismatch or precision leak; 2 usage, bad case or config;
+    3 infrastructure (a rank died or hung; wins over 1); 5 nothing selected or all skipped.
+    """
+
+
+# --- run ----------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("selectors", nargs=-1, metavar="[SELECTOR]...")
+@click.option("--suite", metavar="NAME", help=f"Suite to run; default: {DEFAULT_SUITE}.")
+@folder_option
+@click.option(
+    "--implementation", metavar="NAME|module:attr",
+    help=f"What is judged; default: {DEFAULT_IMPLEMENTATION}.",
+)  # fmt: skip
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cpu.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    help="Run directory; default: reports/<timestamp>-<commit>, linked from reports/latest.",
+)  # fmt: skip
+@click.option(
+    "--format", "style", type=click.Choice(["table", "md", "json", "github"]), default="table",
+    show_default=True, help="How the result is printed.",
+)  # fmt: skip
+@click.option(
+    "--resume", type=click.Path(path_type=Path), metavar="DIR",
+    help="Finish a run that was cut off: its own selection, errored cases again.",
+)  # fmt: skip
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.pass_context
+def run(
+    ctx: click.Context, /, selectors: tuple[str, ...], suite: str | None, folder: Path | None,
+    implementation: str | None, device: str | None, out: Path | None, style: str,
+    resume: Path | None, quiet: bool,
+) -> None:  # fmt: skip
+    """Run cases folded and not folded, compare them, and write a report.
+
+    SELECTOR is a case id, a glob over ids, or a case file (FILE.toml or FILE.toml::GLOB). Ids and
+    globs are looked up in every suite unless --suite names one.
+    """
+    started = time.perf_counter()
+    kept: list[Row] = []
+    if resume is not None:
+        if selectors or suite or folder or implementation or device or out:
+            raise UsageError("--resume takes selection, implementation and device from its run")
+        directory = RunDirectory.open(resume)
+        selection = Selection.from_run(directory.run())
+        cases = _chosen(selection)
+        kept = directory.keep_finished()
+    else:
+        selection = Selection(
+            selectors=selectors,
+            suite=suite if selectors else suite or DEFAULT_SUITE,
+            cases=None if folder is None else str(folder),
+            implementation=implementation or DEFAULT_IMPLEMENTATION,
+            device=device or "cpu",
+        )
+        cases = _chosen(selection)
+        selection = selection.with_files(outside_files(cases, folder))
+        directory = RunDirectory.create(out, root=REPORTS, commit=commit())
+    done = {row.case for row in kept}
+    recorder = Recorder(
+        directory, selection, _command(), kept=kept, started=started,
+        is_default=directory.path.parent == REPORTS,
+    )  # fmt: skip
+    opener: OpenJudge = ctx.obj or open_judge
+    left = [case for case in run_order(cases) if case.id not in done]
+    state = _run_cases(opener, left, recorder, _Progress(len(cases), len(done), quiet))
+    print_run(recorder.rows, recorder.selection, directory, style, recorder.exit_code())
+    ctx.exit(INTERRUPTED if state == "interrupted" else recorder.exit_code())
+
+
+def _chosen(selection: Selection) -> list[Case]:
+    folder = None if selection.cases is None else Path(selection.cases)
+    return select(selection.selectors, suite=selection.suite, folder=folder)
+
+
+def _command() -> str:
+    return shlex.join(["parity", *sys.argv[1:]])
+
+
+def _run_cases(
+    opener: OpenJudge, cases: Sequence[Case], recorder: Recorder, progress: _Progress
+) -> str:
+    """Run the cases one by one; the record is closed however this ends.
+
+    Returns:
+        "finished" or "interrupted".
+    """
+    state = "failed"
+    selection = recorder.selection
+    try:
+        with _terminate_as_interrupt(), contextlib.ExitStack() as stack:
+            if cases:
+                ranks = max(MAX_LIVE_RANKS, *(case.shape.world for case in cases))
+                opened = opener(
+                    selection.implementation, selection.device, cases[0], max_live_ranks=ranks
+                )
+                judge = stack.enter_context(opened)
+                stack.enter_context(progress)
+            for case in cases:
+                finished = judge_case(judge, case, selection.implementation)
+                recorder.add(finished)
+                progress.show(finished)
+        state = "finished"
+    except KeyboardInterrupt:
+        state = "interrupted"
+        click.echo("parity: interrupted, writing the report of what has finished", err=True)
+    except UsageError:
+        state = "refused"
+        raise
+    finally:
+        recorder.close(state)
+    return state
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C, so that a job's time limit leaves a report behind."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Progress:
+    """Progress on stderr: a bar on a terminal, a line a case elsewhere, nothing if quiet."""
+
+    def __init__(self, total: int, done: int, quiet: bool) -> None:
+        self._total, self._done, self._quiet = total, done, quiet
+        self._bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("starting ranks", total=self._total)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, finished: Finished) -> None:
+        """Say that one more case is done."""
+        self._done += 1
+        if self._quiet:
+            return
+        line = f"{finished.verdict:7} {finished.case} {finished.seconds:.2f} s"
+        if self._bar is None:
+            click.echo(f"[{self._done}/{self._total}] {line}", err=True)
+            return
+        self._bar.update(self._task, completed=self._done, description=finished.case)
+        if finished.verdict in FAILING:
+            self._bar.console.print(line, markup=False, highlight=False)
+
+
+# --- printing a run -----------------------------------------------------------------------------
+
+
+def print_run(
+    rows: Sequence[Row], selection: Selection, directory: RunDirectory, style: str, code: int
+) -> None:
+    """Print the result of a run in one of the formats."""
+    if style == "md":
+        click.echo((directory.path / "report.md").read_text(encoding="utf-8"), nl=False)
+    elif style == "json":
+        click.echo(json.dumps(_summary(rows, selection, directory, code), indent=2))
+    elif style == "github":
+        _print_github(rows, selection, directory)
+    else:
+        click.echo(tables.terminal(rows, selection.rerun, paint=_painter()))
+        click.echo(f"report: {directory.path / 'report.md'}")
+
+
+def _painter() -> Callable[[str], str]:
+    """Colour verdicts; click strips colours where stdout is no terminal."""
+    if os.environ.get("NO_COLOR"):
+        return str
+    return lambda text: click.style(text, fg=_COLOURS.get(text), bold=text in FAILING)
+
+
+def _summary(
+    rows: Sequence[Row], selection: Selection, directory: RunDirectory, code: int
+) -> dict[str, Any]:
+    """Sum a run up for another program; every row is in results.jsonl."""
+    return {
+        "schema": 1,
+        "headline": tables.headline(rows),
+        "exit_code": code,
+        "directory": str(directory.path),
+        "counts": tables.counts(rows),
+        "families": tables.family_lines(rows),
+        "model": tables.model_lines(rows),
+        "failures": [
+            {"case": f.case, "verdict": f.verdict, "causes": list(f.causes), "rerun": f.rerun,
+             "rows": [row.to_dict() for row in f.rows]}
+            for f in tables.failures(rows, selection.rerun)
+        ],
+    }  # fmt: skip
+
+
+def _print_github(rows: Sequence[Row], selection: Selection, directory: RunDirectory) -> None:
+    """Print annotations, and add the report to the step summary."""
+    for failure in tables.failures(rows, selection.rerun)[:_MOST_ANNOTATIONS]:
+        said = tables.block(failure)
+        click.echo(f"::error title={_escape(failure.case, True)}::{_escape(said)}")
+    click.echo(tables.headline(rows))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        report = (directory.path / "report.md").read_bytes()[:_MOST_SUMMARY_BYTES]
+        with open(summary, "ab") as file:
+            file.write(report)
+
+
+def _escape(text: str, is_property: bool = False) -> str:
+    text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return text.replace(":", "%3A").replace(",", "%2C") if is_property else text
+
+
+# --- the other commands -------------------------------------------------------------------------
+
+
+@main.command(name="list")
+@click.argument("selectors", nargs=-1, metavar="[SELECTOR]...")
+@suite_option
+@folder_option
+@click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
+def list_cases(
+    selectors: tuple[str, ...], suite: str | None, folder: Path | None, style: str
+) -> None:
+    """List cases; without a selector or a suite, all of them."""
+    if selectors or suite:
+        cases = select(selectors, suite=suite, folder=folder)
+    else:
+        cases = load_folder(find_folder(folder))
+    if not cases:
+        raise NothingSelectedError("no case in the folder")
+    if style == "json":
+        click.echo(json.dumps([_resolved(case) for case in cases], indent=2))
+        return
+    headers = ["case", "suite", "world", "tp", "dp", "ep", "etp", "edp", "engine", "optimizer",
+               "dtype"]  # fmt: skip
+    lines = [_flat_line(case) for case in cases]
+    click.echo(tables.grid(lines, dict(zip(headers, headers, strict=True))))
+
+
+def _flat_line(case: Case) -> dict[str, str]:
+    layout = case.layout
+    sizes = {axis: str(getattr(layout, axis)) for axis in ("world", "tp", "dp", "ep", "etp", "edp")}
+    engine = {"engine": case.engine.name, "optimizer": case.optimizer.name}
+    return {"case": case.id, "suite": case.suite, **sizes, **engine, "dtype": case.engine.dtype}
+
+
+def _resolved(case: Case) -> dict[str, Any]:
+    layout = case.layout
+    derived = {"stage_size": layout.stage_size, "dp": layout.dp, "edp": layout.edp}
+    return {**case.model_dump(mode="json"), "derived": derived}
+
+
+@main.command()
+@click.argument("selector", metavar="CASE")
+@suite_option
+@folder_option
+@click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
+def show(selector: str, suite: str | None, folder: Path | None, style: str) -> None:
+    """Show one case with every default, the derived sizes and both rank tables."""
+    cases = select([selector], suite=suite, folder=folder)
+    if len(cases) > 1:
+        some = ", ".join(case.id for case in cases[:3])
+        raise UsageError(f"{selector!r} names {len(cases)} cases, show takes one: {some}, ...")
+    case = cases[0]
+    groups = _rank_tables(case)
+    if style == "json":
+        click.echo(json.dumps({**_resolved(case), "groups": groups}, indent=2))
+        return
+    settings = {k: v for k, v in flatten(case.model_dump(mode="json")).items() if k != "id"}
+    click.echo(f"{case.id}\n")
+    click.echo("\n".join(f"  {key} = {json.dumps(value)}" for key, value in settings.items()))
+    layout = case.layout
+    click.echo(f"\n  derived: dp = {layout.dp}, edp = {layout.edp}")
+    for view, axes in groups.items():
+        click.echo(f"\n  {view} ranks")
+        for axis, table in axes.items():
+            rows = " | ".join(" ".join(map(str, group)) for group in table)
+            click.echo(f"    {axis:3} {rows}")
+
+
+def _rank_tables(case: Case) -> dict[str, dict[str, tuple[tuple[int, ...], ...]]]:
+    layout = case.layout
+    dense = {"tp": layout.groups("tp"), "dp": layout.groups("dp")}
+    expert = {"ep": layout.groups("ep"), "etp": layout.groups("etp"), "edp": layout.groups("edp")}
+    return {"dense": dense, "expert": expert}
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--format", "style", type=click.Choice(["table", "md", "json", "github"]), default="table",
+    show_default=True,
+)  # fmt: skip
+def report(folder: Path, style: str) -> None:
+    """Rebuild report.md of a run directory from its results.jsonl, and print it."""
+    directory = RunDirectory.open(folder)
+    rows = directory.rows()
+    write_report(directory, rows)
+    print_run(rows, Selection.from_run(directory.run()), directory, style, exit_code_of(rows))
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of a case file."""
+    click.echo(json.dumps(file_schema(), indent=2))
+
+
+@main.command()
+@folder_option
+@click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
+@click.pass_context
+def doctor(ctx: click.Context, /, folder: Path | None, style: str) -> None:
+    """Say whether the harness can run here; exit 3 if it cannot."""
+    from parity.doctor import Check, checks
+
+    marks: Mapping[bool | None, str] = {True: "ok", False: "NO", None: "--"}
+    found: list[Check] = []
+    for check in checks(folder, REPORTS):
+        found.append(check)
+        if style == "table":
+            click.echo(f"{marks[check.ok]:3} {check.name:16} {check.text}")
+    healthy = all(check.ok is not False for check in found)
+    if style == "json":
+        listed = [check._asdict() for check in found]
+        click.echo(json.dumps({"ok": healthy, "checks": listed}, indent=2))
+    ctx.exit(0 if healthy else 3)

@@ -1,0 +1,273 @@
+"""pytest plugin: case files as test items, one per case, also under xdist.
+
+Owns options, collection, and the way of rows to the one process that writes the run directory.
+Must not import torch, nor do anything at all, where no case is asked for. Easy to get wrong: with
+xdist this module runs in the controller and in every worker; only the controller writes, and only
+workers have ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from parity.case import Case
+    from parity.session import Finished, Judging, Recorder, Selection
+
+_PAYLOAD = "parity_case"
+"""Attribute of a test report: the rows of its case as JSON, on their way to the controller."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options; without one of them, or a case file among the arguments, nothing runs."""
+    group = parser.getgroup("parity", "gradient parity of folded MoE training")
+    group.addoption("--parity-suite", metavar="NAME", help="collect the cases of this suite")
+    group.addoption(
+        "--parity-implementation", metavar="NAME|module:attr", help="what is judged: fold_impl"
+    )
+    group.addoption("--parity-device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda")
+    group.addoption(
+        "--parity-out", metavar="DIR", help="run directory: reports/<timestamp>-<commit>"
+    )
+    parser.addini("parity_suite", "suite whose cases are always collected", default="")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the plugin's state, and put the folder of cases among the paths if a suite is named."""
+    plugin = ParityPlugin(config)
+    if plugin.suite:
+        plugin.collect_suite()
+    config.pluginmanager.register(plugin, "parity-session")
+
+
+class CaseFailed(Exception):  # noqa: N818 - the finding of a test, worded for its reader
+    """A case did not pass; the text is all there is to show."""
+
+
+class CaseFile(pytest.File):
+    """One TOML file of cases."""
+
+    plugin: ParityPlugin
+
+    def collect(self) -> Iterable[pytest.Item]:
+        """Make an item of every case, those that share ranks side by side."""
+        from parity.case import load_file, run_order
+
+        for case in run_order(load_file(self.path)):
+            if self.plugin.suite in (None, case.suite):
+                item: CaseItem = CaseItem.from_parent(self, name=case.id)
+                item.case, item.plugin = case, self.plugin
+                yield item
+
+    def repr_failure(  # type: ignore[override]  # as in pytest's own Collector, without a style
+        self, excinfo: pytest.ExceptionInfo[BaseException]
+    ) -> Any:
+        """Show a refused file as its one message."""
+        from parity.errors import ParityError
+
+        if isinstance(excinfo.value, ParityError):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo)
+
+
+class CaseItem(pytest.Item):
+    """One case; it passes if every row of it passes."""
+
+    plugin: ParityPlugin
+    case: Case
+    finished: Finished | None = None
+
+    def runtest(self) -> None:
+        """Judge the case.
+
+        Raises:
+            CaseFailed: a row is not a pass.
+        """
+        from parity.report import tables
+        from parity.store import FAILING
+
+        self.finished = self.plugin.judge(self.case)
+        rows = self.finished.rows
+        if self.finished.verdict == "skipped":
+            pytest.skip("; ".join(dict.fromkeys(row.reason or "" for row in rows)))
+        if self.finished.verdict in FAILING:
+            rerun = self.plugin.selection.rerun
+            raise CaseFailed("\n".join(map(tables.block, tables.failures(rows, rerun))))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """Show findings and usage errors alone, without the way through the harness."""
+        from parity.errors import ParityError
+
+        if isinstance(excinfo.value, CaseFailed | ParityError):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        """Name the case in the report of pytest."""
+        return self.path, 0, self.name
+
+
+class ParityPlugin:
+    """State of one pytest process: the judge where cases run, the record where they are written."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        option = config.getoption
+        self.suite: str | None = option("--parity-suite") or config.getini("parity_suite") or None
+        self._worker: dict[str, Any] | None = getattr(config, "workerinput", None)
+        self._folder: Path | None = None
+        self._open = contextlib.ExitStack()
+        self._judge: Judging | None = None
+        self._recorder: Recorder | None = None
+        self._files: dict[str, str] = {}
+        self._largest_world = 0
+        self._started = time.perf_counter()
+
+    # collection
+
+    def collect_suite(self) -> None:
+        """Have the folder of cases collected besides whatever else was asked for."""
+        from parity.case import find_folder
+        from parity.errors import UsageError
+
+        try:
+            self._folder = find_folder().resolve()
+        except UsageError as problem:
+            raise pytest.UsageError(str(problem)) from None
+        if not any(self._is_asked(path) for path in self._folder.glob("*.toml")):
+            self.config.args.append(str(self._folder))
+
+    def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> CaseFile | None:
+        """Collect a case file if its suite's folder, its own, or the file itself was asked for."""
+        if file_path.suffix != ".toml":
+            return None
+        if not self._is_asked(file_path) and file_path.parent != self._folder:
+            return None
+        from parity.case import is_case_file
+
+        if not is_case_file(file_path):
+            return None
+        file: CaseFile = CaseFile.from_parent(parent, path=file_path)
+        file.plugin = self
+        return file
+
+    def _is_asked(self, path: Path) -> bool:
+        """Say whether a file, or its folder named `cases`, is among the arguments."""
+        here = self.config.invocation_params.dir
+        given = {(here / argument.partition("::")[0]).resolve() for argument in self.config.args}
+        return path in given or (path.parent.name == "cases" and path.parent in given)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Note the largest world, which the ranks of this process must have room for."""
+        worlds = [item.case.shape.world for item in session.items if isinstance(item, CaseItem)]
+        self._largest_world = max(worlds, default=0)
+
+    # running
+
+    @property
+    def selection(self) -> Selection:
+        """Say what is judged, for the record and for the commands that run a case again."""
+        from parity.session import DEFAULT_IMPLEMENTATION, Selection
+
+        option = self.config.getoption
+        return Selection(
+            suite=self.suite,
+            implementation=option("--parity-implementation") or DEFAULT_IMPLEMENTATION,
+            device=option("--parity-device"),
+            files=self._files,
+        )
+
+    def judge(self, case: Case) -> Finished:
+        """Judge one case with this process's own ranks, which start with the first case."""
+        from parity import session
+
+        self._files |= session.outside_files([case])
+        implementation = self.selection.implementation
+        if self._judge is None:
+            workers = int(self._worker["workercount"]) if self._worker else 1
+            ranks = max(session.MAX_LIVE_RANKS // workers, self._largest_world)
+            opened = session.open_judge(
+                implementation, self.selection.device, case, max_live_ranks=ranks
+            )
+            self._judge = self._open.enter_context(opened)
+        return session.judge_case(self._judge, case, implementation)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Attach the rows of a case to its report."""
+        report = yield
+        if call.when == "call" and isinstance(item, CaseItem) and item.finished:
+            finished = item.finished
+            payload = {
+                "case": finished.case, "seconds": finished.seconds,
+                "rows": [row.to_dict() for row in finished.rows],
+                "file": self._files.get(finished.case),
+            }  # fmt: skip
+            report.__dict__[_PAYLOAD] = json.dumps(payload, allow_nan=False)
+            if report.skipped and call.excinfo is not None:  # its place is the case, not this file
+                report.longrepr = (str(item.path), 1, f"Skipped: {call.excinfo.value}")
+        return report
+
+    # writing, in the controller only
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Put the rows of a finished case on disk."""
+        text = getattr(report, _PAYLOAD, None)
+        if text is None or self._worker is not None:
+            return
+        from parity.session import Finished
+        from parity.store import Row
+
+        payload = json.loads(text)
+        rows = tuple(Row.from_dict(row) for row in payload["rows"])
+        if payload["file"]:
+            self._files[payload["case"]] = payload["file"]
+        self._record().add(Finished(payload["case"], rows, payload["seconds"]))
+
+    def _record(self) -> Recorder:
+        """Open the run directory with the first finished case."""
+        if self._recorder is None:
+            from parity.fingerprint import commit
+            from parity.session import Recorder
+            from parity.store import RunDirectory
+
+            out = self.config.getoption("--parity-out")
+            root = self.config.rootpath / "reports"
+            directory = RunDirectory.create(Path(out) if out else None, root=root, commit=commit())
+            words = map(str, self.config.invocation_params.args)
+            self._recorder = Recorder(
+                directory, self.selection, " ".join(["pytest", *words]),
+                started=self._started, is_default=not out,
+            )  # fmt: skip
+        return self._recorder
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """End this process's ranks; in the controller, write the report."""
+        self._open.close()
+        if self._recorder is not None:
+            stopped = exitstatus == pytest.ExitCode.INTERRUPTED or session.shouldstop
+            self._recorder.close("interrupted" if stopped else "finished")
+
+    def pytest_unconfigure(self) -> None:
+        """End ranks that a session left behind which did not finish."""
+        self._open.close()
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Say in one sentence how the cases went, and where the report is."""
+        if self._recorder is not None:
+            from parity.report.tables import headline
+
+            terminalreporter.section("parity")
+            terminalreporter.write_line(headline(self._recorder.rows))
+            report = self._recorder.directory.path / "report.md"
+            terminalreporter.write_line(f"report: {report}")

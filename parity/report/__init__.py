@@ -1,0 +1,1 @@
+"""Reports: pure functions of rows; each format has its own module."""

@@ -1,0 +1,260 @@
+"""One run of several cases: the judge and its ranks, what is recorded, how it ends.
+
+Owns what the command line and the pytest plugin share. Must not parse or print. Easy to get
+wrong: ranks start *before* this process imports torch, so that both imports go on at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import statistics
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from parity.case import Case, find_folder
+from parity.errors import InfrastructureError, UsageError
+from parity.fingerprint import fingerprint, visible_gpus
+from parity.report import markdown, tables
+from parity.store import Row, RunDirectory, by_case, case_verdict
+
+DEFAULT_IMPLEMENTATION = "fold_impl"
+DEFAULT_LIVE_RANKS = 32
+"""Ranks of all warm gangs together: the worlds 1, 2, 3, 4, 6 and 8 of a suite at once."""
+MAX_LIVE_RANKS = 16
+"""Ranks kept at once: a folded gang of 8, its baseline, and the gangs of the shape before."""
+
+
+class Judging(Protocol):
+    """What runs one case and compares it."""
+
+    def rows(self, case: Case) -> Sequence[Row]:
+        """Run the case on its ranks; errors of ranks and refusals come back as rows."""
+
+
+class OpenJudge(Protocol):
+    """How a judge and its ranks are had; tests put their own in the place of `open_judge`."""
+
+    def __call__(
+        self, implementation: str, device: str, first: Case, *, max_live_ranks: int
+    ) -> AbstractContextManager[Judging]:
+        """Start the ranks of the first case and give the judge."""
+
+
+@contextlib.contextmanager
+def open_judge(
+    implementation: str, device: str, first: Case, *, max_live_ranks: int = MAX_LIVE_RANKS
+) -> Iterator[Judging]:
+    """Start the ranks of the first case, give the judge, end every rank at the end."""
+    from parity.gang import GangPool
+
+    gpus = visible_gpus() if device == "cuda" else ()
+    backends = ("gloo", "nccl") if device == "cuda" else ("gloo",)
+    pool = GangPool(max_live_ranks=max_live_ranks, visible_devices=gpus)
+    try:
+        if first.engine.backend in backends:
+            pool.warm(first.shape.world, first.engine.backend)
+        from parity.judge import Judge  # imports torch, while the ranks do the same
+
+        yield Judge(implementation=implementation, pool=pool, device=device)
+    finally:
+        pool.close()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One case that has been judged."""
+
+    case: str
+    rows: tuple[Row, ...]
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        """Give the verdict of the whole case."""
+        return case_verdict(self.rows)
+
+
+def judge_case(judge: Judging, case: Case, implementation: str) -> Finished:
+    """Run one case; whatever goes wrong with it becomes its own row, and the run goes on.
+
+    Raises:
+        UsageError: the run as a whole cannot work as asked for.
+    """
+    start = time.perf_counter()
+    try:
+        rows = tuple(judge.rows(case))
+        if not rows:
+            rows = (_error(case, implementation, "the judge compared nothing", {}),)
+    except UsageError:
+        raise
+    except InfrastructureError as failure:
+        rows = (_error(case, implementation, str(failure), vars(failure)),)
+    except Exception as failure:  # a defect of ours must not end the other cases
+        where = {"kind": "harness", "traceback": traceback.format_exc()}
+        reason = f"the harness failed: {type(failure).__name__}: {failure}"
+        rows = (_error(case, implementation, reason, where),)
+    return Finished(case.id, rows, time.perf_counter() - start)
+
+
+def _error(case: Case, implementation: str, reason: str, about: Mapping[str, Any]) -> Row:
+    known = ("kind", "rank", "traceback", "location", "collective")
+    detail = {key: about[key] for key in known if about.get(key) is not None}
+    return Row.of_case(case, implementation, verdict="error", reason=reason, detail=detail)
+
+
+def exit_code(verdicts: Iterable[str]) -> int:
+    """Give the exit code of SPEC section 4: 3 wins over 1, and nothing but skips is 5."""
+    found = set(verdicts)
+    if "error" in found:
+        return 3
+    if found & {"fail", "leak"}:
+        return 1
+    return 0 if "pass" in found else 5
+
+
+def exit_code_of(rows: Iterable[Row]) -> int:
+    """Give the exit code for a set of rows."""
+    return exit_code(case_verdict(of_case) for of_case in by_case(rows).values())
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was asked for; kept in run.json, so that a run can be resumed and a case rerun."""
+
+    selectors: tuple[str, ...] = ()
+    suite: str | None = None
+    cases: str | None = None
+    """Folder given by the user; None: found by the usual rule."""
+    implementation: str = DEFAULT_IMPLEMENTATION
+    device: str = "cpu"
+    files: Mapping[str, str] | None = None
+    """case id -> file, for cases that are in no folder of cases."""
+
+    @classmethod
+    def from_run(cls, run: Mapping[str, Any]) -> Selection:
+        """Read it back from run.json; what is missing has its default."""
+        stored = run.get("selection") or {}
+        known = {key: stored[key] for key in cls.__dataclass_fields__ if stored.get(key)}
+        return cls(**{**known, "selectors": tuple(known.get("selectors", ()))})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it as a part of run.json."""
+        return {key: getattr(self, key) for key in self.__dataclass_fields__}
+
+    def with_files(self, files: Mapping[str, str]) -> Selection:
+        """Give the same selection with the files of its cases noted."""
+        return replace(self, files=files)
+
+    def rerun(self, case: str) -> str:
+        """Write the command that runs just one case again."""
+        file = (self.files or {}).get(case)
+        words = ["parity", "run", f"{file}::{case}" if file else case]
+        if self.cases and not file:
+            words += ["--cases", self.cases]
+        if self.implementation != DEFAULT_IMPLEMENTATION:
+            words += ["--implementation", self.implementation]
+        if self.device != "cpu":
+            words += ["--device", self.device]
+        return shlex.join(words)
+
+
+def outside_files(cases: Iterable[Case], folder: Path | None = None) -> dict[str, str]:
+    """Map the cases that an id alone does not find to their files: those outside the folder."""
+    try:
+        found: Path | None = find_folder(folder).resolve()
+    except UsageError:  # only files were chosen, and there is no folder
+        found = None
+    return {c.id: c.file for c in cases if Path(c.file).resolve().parent != found}
+
+
+class Recorder:
+    """The record of a run while it goes on: rows at once, report and run.json at the end."""
+
+    def __init__(
+        self, directory: RunDirectory, selection: Selection, command: str, *,
+        kept: Sequence[Row] = (), started: float | None = None, is_default: bool = True,
+    ) -> None:  # fmt: skip
+        """Begin a record.
+
+        Args:
+            directory: where it goes.
+            selection: what was asked for.
+            command: the command line, for the reader of the report.
+            kept: rows of a resumed run.
+            started: `time.perf_counter()` at the start of the program.
+            is_default: whether the directory is a default one, which `latest` points to.
+        """
+        self.directory, self.selection, self.command = directory, selection, command
+        self.rows: list[Row] = list(kept)
+        self._started = time.perf_counter() if started is None else started
+        self._seconds: dict[str, float] = {}
+        self._cold_s: float | None = None
+        self._is_default = is_default
+        self._fingerprint = fingerprint()
+        self._write_run("running")
+
+    def add(self, finished: Finished) -> None:
+        """Put the rows of a finished case on disk."""
+        self.directory.append(finished.rows)
+        self.rows += finished.rows
+        self._seconds[finished.case] = finished.seconds
+        if self._cold_s is None:
+            self._cold_s = time.perf_counter() - self._started
+
+    def close(self, state: str) -> None:
+        """Write report and run.json, and point `latest` here.
+
+        Args:
+            state: how the run ended; one that was "refused" before its first case leaves nothing.
+        """
+        if state == "refused" and not self.rows:
+            self.directory.discard()
+            return
+        self._write_run(state)
+        write_report(self.directory, self.rows)
+        if self._is_default:
+            self.directory.link_latest()
+
+    def exit_code(self) -> int:
+        """Give the exit code for everything recorded."""
+        return exit_code_of(self.rows)
+
+    def _write_run(self, state: str) -> None:
+        self.directory.write_run({
+            "schema": 1,
+            "state": state,
+            "command": self.command,
+            "selection": self.selection.to_dict(),
+            "counts": tables.counts(self.rows),
+            "seconds": self._times(),
+            **self._fingerprint,
+        })  # fmt: skip
+
+    def _times(self) -> dict[str, Any]:
+        """Give the time to the first result (cold), and medians of the cases after it (warm)."""
+        warm = list(self._seconds.values())[1:]
+        worlds: dict[str, list[float]] = {}
+        for case, rows in by_case(self.rows).items():
+            if case in self._seconds:
+                world = str(max(row.shape["world"] for row in rows))
+                worlds.setdefault(world, []).append(self._seconds[case])
+        return {
+            "total": time.perf_counter() - self._started,
+            "cold": self._cold_s,
+            "warm_median": statistics.median(warm) if warm else None,
+            "median_by_world": {w: statistics.median(s) for w, s in sorted(worlds.items())},
+        }
+
+
+def write_report(directory: RunDirectory, rows: Sequence[Row]) -> str:
+    """Write report.md out of rows and run.json, and give its text."""
+    run = directory.run()
+    text = markdown.render(rows, run, Selection.from_run(run).rerun)
+    directory.write_report(text)
+    return text

@@ -1,0 +1,307 @@
+"""Results as JSON Lines: one `Row` a line, appended and flushed case by case; reading runs back.
+
+Owns the row, the verdict of a case, and the run directory. Must not know torch or how a report
+looks. Easy to get wrong: a number that is not finite is never written and never passes, and a
+line cut off by a crash makes its case unfinished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parity.errors import UsageError
+
+if TYPE_CHECKING:
+    from parity.case import Case
+
+SCHEMA = 1
+VERDICTS = ("error", "fail", "leak", "pass", "skipped")
+"""Every verdict, the one that decides a case first; `skipped` decides only where all rows are."""
+FAILING = ("error", "fail", "leak")
+RESULTS, REPORT, RUN, LATEST = "results.jsonl", "report.md", "run.json", "latest"
+_METRICS = ("ratio", "scale", "residual", "error", "threshold")
+_OPTIONAL = ("reason", "detail")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison of one tensor (or of the whole model), or one errored or skipped case.
+
+    A metric that is not finite becomes None, and a row that would have passed with it fails.
+    """
+
+    case: str
+    implementation: str
+    shape: dict[str, int]
+    engine: dict[str, Any]
+    against: str | None
+    quantity: str | None
+    family: str | None
+    tensor: str | None
+    step: int | None
+    ratio: float | None
+    scale: float | None
+    residual: float | None
+    error: float | None
+    threshold: float | None
+    verdict: str
+    causes: Sequence[str]
+    worst: dict[str, Any] | None
+    seconds: float | None
+    reason: str | None = None
+    detail: dict[str, Any] | None = None
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        assert self.verdict in VERDICTS, f"verdict {self.verdict!r} is not one of {VERDICTS}"
+        lost = [name for name in _METRICS if not _is_finite(getattr(self, name))]
+        for name in lost:
+            object.__setattr__(self, name, None)
+        if lost and self.verdict in ("pass", "leak"):
+            object.__setattr__(self, "verdict", "fail")
+        if lost and self.reason is None:
+            object.__setattr__(self, "reason", f"not finite: {', '.join(lost)}")
+        object.__setattr__(self, "causes", tuple(self.causes))
+
+    @classmethod
+    def of_case(
+        cls, case: Case, implementation: str, *, verdict: str, reason: str,
+        detail: dict[str, Any] | None = None, seconds: float | None = None,
+    ) -> Row:  # fmt: skip
+        """Make the one row of a case that was skipped or errored as a whole."""
+        return cls(
+            case=case.id, implementation=implementation,
+            shape=shape_of(case), engine=engine_of(case),
+            against=None, quantity=None, family=None, tensor=None, step=None,
+            ratio=None, scale=None, residual=None, error=None, threshold=None,
+            verdict=verdict, causes=(), worst=None, seconds=seconds, reason=reason, detail=detail,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the keys of SPEC section 4 in their order; optional ones only where they speak."""
+        strict: dict[str, Any] = _strict(self._named())
+        return strict
+
+    def _named(self) -> dict[str, Any]:
+        row = {"schema": self.schema, **vars(self)}
+        return {k: v for k, v in row.items() if v is not None or k not in _OPTIONAL}
+
+    def to_json(self) -> str:
+        """Write the row as one line of strict JSON, without the line end."""
+        try:
+            return json.dumps(self._named(), allow_nan=False)
+        except (TypeError, ValueError):  # a detail is not finite or no plain value: the slow way
+            return json.dumps(self.to_dict(), allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Row:
+        """Read a row back; keys of a later writer are left out.
+
+        Raises:
+            UsageError: the row is of another schema, or a key is missing.
+        """
+        if row.get("schema") != SCHEMA:
+            raise UsageError(f"row of schema {row.get('schema')!r}; allowed: {SCHEMA}")
+        known = {field.name for field in fields(cls)}
+        try:
+            return cls(**{key: value for key, value in row.items() if key in known})
+        except TypeError as problem:
+            raise UsageError(f"not a row of results: {problem}") from None
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """Read one line back."""
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise UsageError(f"not a row of results: {line[:80]!r}")
+        return cls.from_dict(row)
+
+
+def shape_of(case: Case) -> dict[str, int]:
+    """Give the `shape` of a case's rows, derived sizes included."""
+    layout = case.layout
+    return {key: getattr(layout, key) for key in ("world", "pp", "tp", "dp", "ep", "etp", "edp")}
+
+
+def engine_of(case: Case) -> dict[str, Any]:
+    """Give the `engine` of a case's rows; an engine without ZeRO stages counts as stage 0."""
+    engine = case.engine
+    return {
+        "name": engine.name, "zero": engine.zero or 0, "gas": engine.gas, "clip": engine.clip,
+        "dtype": engine.dtype, "optimizer": case.optimizer.name, "backend": engine.backend,
+        "strategy": engine.strategy,
+    }  # fmt: skip
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is None or math.isfinite(value)
+
+
+def _strict(value: Any) -> Any:
+    """Make a value strict JSON: numbers that are not finite become text, they are no metrics."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_strict(item) for item in value]
+    if hasattr(value, "item"):  # a numpy or torch scalar
+        return _strict(value.item())
+    return str(value)
+
+
+def case_verdict(rows: Iterable[Row]) -> str:
+    """Decide one case: the first of `VERDICTS` among its rows; no row at all is an error."""
+    found = {row.verdict for row in rows}
+    return next((verdict for verdict in VERDICTS if verdict in found), "error")
+
+
+def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Group rows by case id, in the order of their first row."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row.case, []).append(row)
+    return cases
+
+
+class RunDirectory:
+    """One run on disk: results.jsonl, report.md, run.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, out: Path | None = None, *, root: Path, commit: str) -> RunDirectory:
+        """Make a run directory: `out`, else `<root>/<timestamp>-<commit>`.
+
+        Raises:
+            UsageError: it holds results already, or cannot be written.
+        """
+        try:
+            if out is None:
+                return cls(_fresh(root, commit))
+            out.mkdir(parents=True, exist_ok=True)
+            if (out / RESULTS).exists():
+                raise UsageError(f"--out {out}: holds results already, go on with --resume {out}")
+            (out / RESULTS).touch()
+        except OSError as problem:
+            raise UsageError(f"cannot write {out or root}: {problem.strerror}") from None
+        return cls(out)
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an existing run directory.
+
+        Raises:
+            UsageError: there are no results in it.
+        """
+        if not (path / RESULTS).is_file():
+            raise UsageError(f"{path}: no run directory, it has no {RESULTS}")
+        return cls(path)
+
+    def discard(self) -> None:
+        """Remove a directory in which nothing was recorded; anything else in it stays."""
+        if self.results.stat().st_size == 0:
+            for name in (RESULTS, RUN):
+                (self.path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+    @property
+    def results(self) -> Path:
+        """Path of results.jsonl."""
+        return self.path / RESULTS
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add the rows of one finished case in a single write, on disk when this returns."""
+        text = "".join(f"{row.to_json()}\n" for row in rows)
+        with self.results.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+
+    def rows(self) -> list[Row]:
+        """Read every whole line; a last line without its end was cut off and is left out.
+
+        Raises:
+            UsageError: a whole line is not a row.
+        """
+        rows: list[Row] = []
+        lines = self.results.read_text(encoding="utf-8").split("\n")[:-1]
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(Row.from_json(line))
+            except (ValueError, UsageError) as problem:
+                raise UsageError(f"{self.results}:{number}: {problem}") from None
+        return rows
+
+    def keep_finished(self) -> list[Row]:
+        """Drop what a resumed run does again: errored cases, and the case a crash cut off.
+
+        Returns:
+            The rows that stay.
+        """
+        whole = self.results.read_text(encoding="utf-8").endswith("\n")
+        cases = by_case(self.rows())
+        if not whole and cases:  # the cut line may belong to the case of the line before it
+            cases.popitem()
+        kept = [r for rows in cases.values() if case_verdict(rows) != "error" for r in rows]
+        _replace(self.results, "".join(f"{row.to_json()}\n" for row in kept))
+        return kept
+
+    def write_report(self, text: str) -> None:
+        """Write report.md."""
+        _replace(self.path / REPORT, text)
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        """Write run.json."""
+        _replace(self.path / RUN, json.dumps(_strict(run), indent=2, allow_nan=False) + "\n")
+
+    def run(self) -> dict[str, Any]:
+        """Read run.json; empty where a crash or another tool left none."""
+        with contextlib.suppress(OSError, ValueError):
+            run = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+            return run if isinstance(run, dict) else {}
+        return {}
+
+    def link_latest(self) -> None:
+        """Point `latest` beside this directory at it; a real file of that name is left alone."""
+        link = self.path.parent / LATEST
+        if link.exists() and not link.is_symlink():
+            return
+        fresh = link.with_name(f".{LATEST}-{os.getpid()}")
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(self.path.name)
+        fresh.replace(link)
+
+
+def _fresh(root: Path, commit: str) -> Path:
+    """Make `<root>/<timestamp>-<commit>`, with a number behind it where two runs start at once."""
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    root.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = root / (f"{stamp}-{commit}" if number == 1 else f"{stamp}-{commit}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        (path / RESULTS).touch()
+        return path
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)

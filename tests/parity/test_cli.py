@@ -1,0 +1,399 @@
+"""The command line: selection, exit codes, what is printed where, what is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from click.testing import CliRunner, Result
+
+from parity import cli, doctor
+from parity.case import Case
+from parity.errors import InfrastructureError, UsageError
+from parity.session import Selection, exit_code
+from parity.store import Row, RunDirectory, by_case
+from tests.parity.example_rows import FakeJudge, passing, row, scaled
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FOUR = "w4-tp2-ep4-gas2-*"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run every command in a folder of its own; cases come from the repository."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return tmp_path
+
+
+def parity(*arguments: str, judge: FakeJudge | None = None, color: bool = False) -> Result:
+    """Run a command with a judge that needs no ranks."""
+    opened = None if judge is None else judge.open
+    return CliRunner().invoke(cli.main, arguments, obj=opened, color=color)
+
+
+def skipped(case: Case) -> list[Row]:
+    """Skip a case."""
+    return [Row.of_case(case, "fold_impl", verdict="skipped", reason="needs a GPU")]
+
+
+def interrupt(_case: Case) -> list[Row]:
+    """Press Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def die(_case: Case) -> list[Row]:
+    """Lose a rank."""
+    error = InfrastructureError("rank 3 died of SIGKILL")
+    error.__dict__.update(kind="died", rank=3, traceback="File x.py, line 7")
+    raise error
+
+
+def defect(_case: Case) -> list[Row]:
+    """Fail inside the harness itself."""
+    raise ZeroDivisionError("a defect")
+
+
+# --- run: exit codes ----------------------------------------------------------------------------
+
+
+def test_parity_that_holds_ends_with_0(folder: Path) -> None:
+    """Results stand on stdout, progress on stderr, everything in the run directory."""
+    done = parity("run", FOUR, judge=FakeJudge())
+    assert done.exit_code == 0, done.output
+    assert "4 of 4 cells passed (36 rows)." in done.stdout
+    assert "[4/4] pass" in done.stderr
+    assert "[4/4]" not in done.stdout
+    latest = folder / "reports" / "latest"
+    assert len(by_case(RunDirectory.open(latest).rows())) == 4
+    assert "4 of 4 cells passed" in (latest / "report.md").read_text()
+    assert f"report: {latest.resolve().relative_to(folder)}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "says"),
+    [
+        ({"clip-sgd": scaled}, 1, "1 of 4 cells failed: expert gradient x2.000 = tp on 1 shape."),
+        ({"clip-sgd": lambda c: [row(c, verdict="leak")]}, 1, "leaks precision"),
+        ({"clip-sgd": die}, 3, "1 of 4 cells errored: rank 3 died of SIGKILL."),
+        ({"clip-sgd": die, "aux": scaled}, 3, "2 of 4 cells failed"),
+        ({"clip-sgd": defect}, 3, "the harness failed: ZeroDivisionError: a defect"),
+        ({"clip-sgd": lambda _: []}, 3, "the judge compared nothing"),
+        ({"clip-sgd": skipped}, 0, "3 of 4 cells passed (28 rows). 1 skipped."),
+        ({"": skipped}, 5, "skipped in 4 cases: needs a GPU"),
+    ],
+)
+def test_the_exit_code_tells_how_it_went(answers: dict[str, Any], code: int, says: str) -> None:
+    """1 for mismatches, 3 for infrastructure, which wins, 5 where all is skipped."""
+    judge = FakeJudge(answers)
+    done = parity("run", FOUR, judge=judge)
+    assert done.exit_code == code
+    assert says in done.stdout
+    assert len(judge.seen) == 4  # what goes wrong in one case never stops the others
+
+
+def test_exit_codes_by_verdict() -> None:
+    """The order of the published exit codes, on bare verdicts."""
+    table = {("pass",): 0, ("pass", "skipped"): 0, ("fail",): 1, ("leak", "pass"): 1,
+             ("fail", "error"): 3, ("skipped",): 5, (): 5}  # fmt: skip
+    assert {verdicts: exit_code(verdicts) for verdicts in table} == table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["run", "w9*"], 5, "no case matches 'w9*'"),
+        (["run", "--suite", "absent"], 2, "unknown suite 'absent'; allowed: "),
+        (["run", "--format", "pdf"], 2, "'pdf' is not one of"),
+        (["run", "--resume", "absent"], 2, "no run directory"),
+        (["run", "w4*", "--resume", "absent"], 2, "--resume takes selection"),
+        (["run", "absent.toml"], 2, "cannot be read"),
+        (["show", "w4*"], 2, "show takes one"),
+        (["report", "absent"], 2, "no run directory"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_usage_errors_are_one_message(arguments: list[str], code: int, says: str) -> None:
+    """A mistake of the user ends with its own code and a message on stderr, no traceback."""
+    judge = FakeJudge()
+    done = parity(*arguments, judge=judge)
+    assert done.exit_code == code
+    assert says in done.stderr
+    assert done.stdout == ""
+    assert judge.opened == []
+
+
+def test_a_bad_case_is_refused_before_any_rank(folder: Path) -> None:
+    """Exit code 2, file, case, key, value and allowed values, no rank and no run directory."""
+    bad = 'suite = "s"\n[[case]]\nshape = { world = 8, ep = 3 }\n'
+    (folder / "bad.toml").write_text(bad)
+    judge = FakeJudge()
+    done = parity("run", "bad.toml", judge=judge)
+    assert (done.exit_code, judge.opened) == (2, [])
+    assert done.stderr == (
+        "parity: bad.toml: case w8-ep3-sgd-fp32: shape.ep: ep*etp = 3 does not divide world 8 "
+        "(got 3); allowed: 1, 2, 4\n"
+    )
+    assert not (folder / "reports").exists()
+
+
+def test_an_unknown_implementation_leaves_no_directory(folder: Path) -> None:
+    """What cannot start is a usage error, not a run."""
+
+    def refuse(_case: Case) -> Sequence[Row]:
+        raise UsageError("no implementation 'x'; allowed: fold_impl")
+
+    done = parity("run", FOUR, judge=FakeJudge({"": refuse}))
+    assert (done.exit_code, done.stderr) == (
+        2, "parity: no implementation 'x'; allowed: fold_impl\n",
+    )  # fmt: skip
+    assert list((folder / "reports").iterdir()) == []
+
+
+# --- run: what it does --------------------------------------------------------------------------
+
+
+def test_the_judge_is_asked_in_gang_order_with_the_options() -> None:
+    """Ranks are opened once, for the first case, with implementation and device."""
+    judge = FakeJudge()
+    done = parity(
+        "run", "w8-tp2-ep4-steps2-*", "w4-tp2-ep4-steps2-*", "--implementation", "my.module:Mine",
+        "--device", "cuda", "--out", "out", judge=judge,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert judge.opened == [("my.module:Mine", "cuda", "w4-tp2-ep4-steps2-adam-fp32", 16)]
+    assert [name[:2] for name in judge.seen] == ["w4", "w4", "w8", "w8"]
+    assert not judge.is_open
+
+
+def test_a_failing_case_ends_with_its_rerun_command(folder: Path) -> None:
+    """The command runs just that case, with what is not default."""
+    judge = FakeJudge({"": scaled})
+    done = parity("run", FOUR, "--implementation", "m:A", judge=judge)
+    assert "  rerun: parity run w4-tp2-ep4-gas2-aux-sgd-fp32 --implementation m:A\n" in done.stdout
+    (folder / "own case.toml").write_text('suite = "s"\n[[case]]\nshape.world = 2\n')
+    done = parity("run", "own case.toml", judge=judge)
+    assert "  rerun: parity run 'own case.toml::w2-sgd-fp32'\n" in done.stdout
+
+
+def test_selections_write_their_rerun_command() -> None:
+    """A folder given by the user is part of the command, as is the device."""
+    selection = Selection(cases="my cases", device="cuda")
+    assert selection.rerun("a") == "parity run a --cases 'my cases' --device cuda"
+
+
+def test_rows_are_on_disk_case_by_case(folder: Path) -> None:
+    """While a case runs, the rows of the one before it can be read."""
+    on_disk: list[int] = []
+
+    def look(case: Case) -> list[Row]:
+        (path,) = (folder / "reports").glob("*/results.jsonl")
+        on_disk.append(len(path.read_text().splitlines()))
+        return passing(case)
+
+    parity("run", FOUR, judge=FakeJudge({"": look}))
+    assert on_disk == [0, 9, 18, 27]
+
+
+def test_ctrl_c_leaves_a_report_and_can_be_resumed(folder: Path) -> None:
+    """What has finished is kept, reported and linked; --resume does the rest, errors again."""
+    judge = FakeJudge({"gas2-clip-sgd": interrupt, "gas2-clip-adam": die})
+    done = parity("run", FOUR, "--implementation", "m:A", judge=judge)
+    assert done.exit_code == 130
+    assert "interrupted" in done.stderr
+    latest = folder / "reports" / "latest"
+    assert json.loads((latest / "run.json").read_text())["state"] == "interrupted"
+    assert "1 of 1 cells errored" in (latest / "report.md").read_text()
+
+    again = FakeJudge()
+    done = parity("run", "--resume", str(latest), judge=again)
+    assert done.exit_code == 0, done.output
+    assert "4 of 4 cells passed" in done.stdout
+    assert again.opened[0][0] == "m:A"
+    assert sorted(again.seen) == sorted(
+        f"w4-tp2-ep4-gas2-{what}-fp32" for what in ("clip-adam", "clip-sgd", "aux-adam", "aux-sgd")
+    )
+    run = json.loads((latest / "run.json").read_text())
+    assert (run["state"], run["counts"]["pass"]) == ("finished", 4)
+
+    nothing_left = FakeJudge()
+    done = parity("run", "--resume", str(latest), judge=nothing_left)
+    assert (done.exit_code, nothing_left.opened) == (0, [])
+
+
+def test_sigterm_is_ctrl_c(folder: Path) -> None:
+    """A job's time limit leaves a report behind, and the handler goes away again."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate(case: Case) -> list[Row]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return passing(case)
+
+    done = parity("run", FOUR, judge=FakeJudge({"clip-sgd": terminate}))
+    assert done.exit_code == 130
+    assert (folder / "reports" / "latest" / "report.md").is_file()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_run_json_says_where_and_how_long(folder: Path) -> None:
+    """The record holds selection, command, versions, devices, counts and times."""
+    parity("run", FOUR, judge=FakeJudge({"clip-sgd": scaled}))
+    run = json.loads((folder / "reports" / "latest" / "run.json").read_text())
+    assert run["selection"]["selectors"] == [FOUR]
+    assert run["counts"] == {
+        "cells": 4, "error": 0, "fail": 1, "leak": 0, "pass": 3, "skipped": 0, "rows": 36,
+    }  # fmt: skip
+    assert run["versions"]["torch"]
+    assert run["devices"]["cores"] >= 1
+    assert run["seconds"]["total"] >= run["seconds"]["cold"] > 0
+    assert list(run["seconds"]["median_by_world"]) == ["4"]
+
+
+def test_out_names_the_directory_and_is_never_mixed(folder: Path) -> None:
+    """--out is the run directory itself; a second run into it is refused."""
+    assert parity("run", FOUR, "--out", "mine", judge=FakeJudge()).exit_code == 0
+    assert sorted(p.name for p in (folder / "mine").iterdir()) == [
+        "report.md", "results.jsonl", "run.json",
+    ]  # fmt: skip
+    assert not (folder / "reports").exists()
+    done = parity("run", FOUR, "--out", "mine", judge=FakeJudge())
+    assert (done.exit_code, "--resume mine" in done.stderr) == (2, True)
+
+
+# --- run: formats -------------------------------------------------------------------------------
+
+
+def test_json_is_one_document_on_stdout() -> None:
+    """Another program reads the summary, the exit code and the failing rows."""
+    done = parity("run", FOUR, "--format", "json", judge=FakeJudge({"clip-sgd": scaled}))
+    found = json.loads(done.stdout)
+    assert (found["exit_code"], found["counts"]["fail"]) == (1, 1)
+    assert found["families"][0]["verdict"] == "fail"
+    assert found["families"][0]["gradient_scale"] == 2.0
+    (failure,) = found["failures"]
+    assert failure["causes"] == ["tp"]
+    assert failure["rows"][0]["worst"] == {"rank": 3, "expert": 1, "row": 17}
+
+
+def test_md_prints_the_report(folder: Path) -> None:
+    """--format md is report.md."""
+    done = parity("run", FOUR, "--format", "md", judge=FakeJudge())
+    assert done.stdout == (folder / "reports" / "latest" / "report.md").read_text()
+
+
+def test_github_annotates_and_sums_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failing cells become annotations of one line, the report goes to the step summary."""
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(folder / "summary.md"))
+    done = parity("run", FOUR, "--format", "github", judge=FakeJudge({"clip-sgd": scaled}))
+    first, last = done.stdout.splitlines()
+    assert first.startswith("::error title=w4-tp2-ep4-gas2-clip-sgd-fp32::FAIL w4")
+    assert "%0A" in first
+    assert last.startswith("1 of 4 cells failed")
+    assert "# Parity report" in (folder / "summary.md").read_text()
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts are coloured on a terminal, unless NO_COLOR is set."""
+    judge = FakeJudge()
+    assert "\x1b[" in parity("run", FOUR, judge=judge, color=True).stdout
+    assert "\x1b[" not in parity("run", FOUR, judge=judge).stdout
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[" not in parity("run", FOUR, judge=judge, color=True).stdout
+
+
+def test_quiet_says_nothing_on_stderr() -> None:
+    """With --quiet only results are printed."""
+    assert parity("run", FOUR, "--quiet", judge=FakeJudge()).stderr == ""
+
+
+# --- the other commands -------------------------------------------------------------------------
+
+
+def test_list_shows_every_case() -> None:
+    """All suites by default, as a table or as JSON with the derived sizes."""
+    done = parity("list", "--suite", "seed")
+    assert done.exit_code == 0
+    assert len(done.stdout.splitlines()) == 2 + 64
+    listed = json.loads(parity("list", FOUR, "--format", "json").stdout)
+    assert len(listed) == 4
+    assert listed[0]["shape"]["tp"] == 2
+    assert listed[0]["derived"] == {"stage_size": 4, "dp": 2, "edp": 1}
+
+
+def test_show_resolves_a_case() -> None:
+    """Every default, the derived sizes and both rank tables of world 8 tp4 ep2."""
+    done = parity("show", "w8-tp4-ep2-steps2-sgd-fp32")
+    assert "  model.hidden = 48\n" in done.stdout
+    assert "derived: dp = 2, edp = 4" in done.stdout
+    assert "    tp  0 1 2 3 | 4 5 6 7\n" in done.stdout
+    assert "    edp 0 2 4 6 | 1 3 5 7\n" in done.stdout
+    shown = json.loads(parity("show", "w8-tp4-ep2-steps2-sgd-fp32", "--format", "json").stdout)
+    assert shown["groups"]["dense"]["dp"] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert shown["groups"]["expert"]["ep"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_report_is_rebuilt_from_results(folder: Path) -> None:
+    """report.md follows from results.jsonl alone, run.json or not; rebuilding is no verdict."""
+    parity("run", FOUR, "--out", "mine", judge=FakeJudge({"clip-sgd": scaled}))
+    before = (folder / "mine" / "report.md").read_text()
+    (folder / "mine" / "report.md").unlink()
+    done = parity("report", "mine")
+    assert done.exit_code == 0
+    assert "1 of 4 cells failed" in done.stdout
+    assert (folder / "mine" / "report.md").read_text() == before
+    (folder / "mine" / "run.json").unlink()
+    assert "1 of 4 cells failed" in parity("report", "mine", "--format", "md").stdout
+
+
+def test_schema_is_json_schema() -> None:
+    """`parity schema` prints a valid schema."""
+    jsonschema.Draft202012Validator.check_schema(json.loads(parity("schema").stdout))
+
+
+def test_doctor_ends_with_3_where_something_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing extras are said, broken needs decide the exit code."""
+    found = [doctor.Check("torch", True, "2.13"), doctor.Check("gpus", None, "none")]
+    monkeypatch.setattr(doctor, "checks", lambda *_: iter(found))
+    done = parity("doctor")
+    assert (done.exit_code, "--  gpus             none" in done.stdout) == (0, True)
+    found.append(doctor.Check("gloo", False, "missing"))
+    done = parity("doctor", "--format", "json")
+    assert (done.exit_code, json.loads(done.stdout)["ok"]) == (3, False)
+
+
+def test_doctor_asks_about_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases and reports are found broken where they are; nothing is left behind."""
+    monkeypatch.setattr(doctor, "_ranks", lambda: iter(()))
+    good = {check.name: check for check in doctor.checks(None, tmp_path / "reports")}
+    assert {"python", "torch", "gloo", "nccl", "cores", "gpus", "deepspeed"} <= set(good)
+    assert good["python"].ok
+    assert good["cases"].ok
+    assert good["reports"].ok
+    assert not (tmp_path / "reports").exists()
+    (tmp_path / "file").touch()
+    bad = {check.name: check.ok for check in doctor.checks(tmp_path / "no", tmp_path / "file/x")}
+    assert (bad["cases"], bad["reports"]) == (False, False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "--help"]])
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    """Help and lists answer at once, from `python -m parity` too."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['parity', *{arguments!r}]\n"
+        "try: runpy.run_module('parity', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert not {'torch', 'pandas', 'rich', 'deepspeed'} & {*sys.modules}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout

@@ -1,0 +1,51 @@
+# Every target starts from a fresh clone: the first one makes .venv and installs into it.
+# PYTHON chooses the interpreter, PIP_ARGS is handed to every `pip install`.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+INSTALLED := .venv/.installed
+
+.PHONY: help parity test lint suites oracles clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make parity   judge the default suite, write reports/latest"
+	@echo "make test     run the tests"
+	@echo "make lint     ruff, its formatter, mypy"
+	@echo "make suites   run the suites of cases, alone and as pytest items"
+	@echo "make oracles  add an oracle of the rank tables whose requirements no extra of ours has"
+	@echo "make clean    remove .venv, caches and run directories"
+
+# torch comes first and by exact version: left to the resolver it may be another build
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+parity: $(INSTALLED)
+	$(BIN)/parity run
+
+test: $(INSTALLED)
+	$(BIN)/pytest -n auto
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+suites: $(INSTALLED)
+	$(BIN)/parity run --suite seed
+	$(BIN)/pytest -n auto --parity-suite seed cases
+
+# torchtitan requires datasets, wandb, tensorboard ...; its rank tables need three small packages
+oracles: $(INSTALLED)
+	$(PIP) --no-deps torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 docstring_parser==0.18.0
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find reports -mindepth 1 -maxdepth 1 -not -name baselines -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,85 @@
+"""A world of ranks inside one test: threads of this process on torch's threaded process group.
+
+Owns starting, releasing and joining the threads. Must not know what they compute. Easy to get
+wrong: the process group of a thread is thread-local, so everything a rank does stays in `work`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed as dist
+from torch.testing._internal.distributed import multi_threaded_pg
+
+from fold_impl.groups import FoldGroups, Group, build_groups
+from fold_impl.layout import FoldLayout
+from parity.threads import ThreadRuntime
+
+T = TypeVar("T")
+U = 2.0**-53
+"""Unit round-off of float64."""
+
+
+def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
+    """Run `work` in one thread per rank and give the results by rank.
+
+    Raises:
+        Exception: what the first failing thread raised.
+    """
+    results: list[Any] = [None] * world
+    errors: list[BaseException] = []
+    store = dist.HashStore()
+
+    def main(rank: int) -> None:
+        try:
+            dist.init_process_group("threaded", rank=rank, world_size=world, store=store)
+            results[rank] = work(ThreadRuntime(rank, world))
+        except BaseException as error:  # SystemExit too: it is how the others are released
+            errors.append(error)
+            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
+
+    multi_threaded_pg._install_threaded_pg()
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    try:
+        threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        multi_threaded_pg.ProcessLocalGroup.reset()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        multi_threaded_pg._uninstall_threaded_pg()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def whole_world(runtime: ThreadRuntime) -> Group:
+    """Give the group of all ranks, as a folded layer would see it."""
+    ranks = tuple(range(runtime.world_size))
+    handle = runtime.new_group(ranks) if len(ranks) > 1 else None
+    return Group(ranks, runtime.rank, handle)
+
+
+def fold_groups(runtime: ThreadRuntime, layout: FoldLayout) -> FoldGroups:
+    """Make the communicators of every axis."""
+    return build_groups(layout, runtime.rank, runtime.new_group)
+
+
+def alone(layout: FoldLayout | None = None) -> FoldGroups:
+    """Give the groups of a world of one rank: no process group is made."""
+    return build_groups(layout or FoldLayout(1), 0, _no_group)
+
+
+def _no_group(ranks: Any) -> Any:
+    raise AssertionError(f"a process group of {ranks} was asked for")
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    """Draw a float64 normal tensor that depends on shape and seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)

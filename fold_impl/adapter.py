@@ -27,7 +27,7 @@ class FoldImplementation:
         self._points = Points()
         self._engine: NativeEngine
         self._gradients: dict[str, Tensor | None] = {}
-        self._routing: list[list[Tensor]] = []
+        self._routing: list[list[Tensor | None]] = []
         self._replay: Sequence[Sequence[Tensor]] | None = None
         self._taps: dict[str, list[Tensor]] = {}
 
@@ -44,7 +44,7 @@ class FoldImplementation:
         self._routing = []
         for index, batch in enumerate(micro_batches):
             self._force(index)
-            loss = engine(**batch)
+            loss = engine(**self._points("batch.inputs", batch, micro_batch=index))
             engine.backward(loss)
             losses.append(float(loss.detach()))
             self._routing.append([layer.indices_TK for layer in engine.moe_layers()])
@@ -56,7 +56,7 @@ class FoldImplementation:
 
     def _force(self, micro_batch: int) -> None:
         for index, layer in enumerate(self._engine.moe_layers()):
-            layer.forced_TK = self._replay and self._replay[micro_batch][index]
+            layer.forced_TK = None if self._replay is None else self._replay[micro_batch][index]
 
     def _copied_gradients(self) -> dict[str, Tensor | None]:
         return {
@@ -82,7 +82,7 @@ class FoldImplementation:
         assert norm is not None, "grad_norm() is asked for after a step"
         return norm
 
-    def routing(self) -> list[list[Tensor]]:
+    def routing(self) -> list[list[Tensor | None]]:
         """[micro-batch][layer] -> (T, K) experts chosen in the last step."""
         return self._routing
 

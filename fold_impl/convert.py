@@ -166,17 +166,19 @@ def _cut_linears(
         if isinstance(module, FoldedMoE)
     )
     for name in regions:
-        enter_region(model.get_submodule(name), groups.tp)
+        enter_region(model.get_submodule(name), groups.tp, points)
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
+        shards: dict[str, tuple[Shard, ...]]
         if _ends(name, preset.column):
             shards = {"weight": (Shard("tp", 0),), "bias": (Shard("tp", 0),)}
         elif _ends(name, preset.row):
             shards = {"weight": (Shard("tp", 1),), "bias": ()}
         elif tail := _tail(model, name, preset):
-            tailed = SharedTailLinear(module.weight, module.bias, tail, groups.tp)
-            _replace(model, name, tailed)
+            own = dict(module.named_parameters(recurse=False))
+            linear = SharedTailLinear(own["weight"], own.get("bias"), tail, groups.tp)
+            _replace(model, name, linear)
             continue
         else:
             continue
@@ -257,8 +259,9 @@ def cut(tensor: Tensor, shard: Shard, group: Group, name: str) -> Tensor:
             group.size,
             divisors,
         )
-    blocks = tensor.unflatten(shard.dim, (shard.segments, group.size, -1))
-    return blocks.select(shard.dim + 1, group.index).flatten(shard.dim, shard.dim + 1)
+    blocks: Tensor = tensor.unflatten(shard.dim, (shard.segments, group.size, -1))
+    part: Tensor = blocks.select(shard.dim + 1, group.index)
+    return part.flatten(shard.dim, shard.dim + 1)
 
 
 _SIZE_KEYS = {

@@ -18,7 +18,6 @@ from torch import distributed as dist
 
 from fold_impl.groups import Group
 
-
 # torch 2.13 renamed these two and deprecates the old names, which are all that 2.9 knows.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -78,9 +77,7 @@ class _Restore(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         group, chunk = ctx.group, ctx.chunk
         own = gradient.new_empty(chunk, gradient.shape[1])
-        _reduce_scatter(
-            own, _padded(gradient, chunk * group.size), group=group.handle
-        )
+        _reduce_scatter(own, _padded(gradient, chunk * group.size), group=group.handle)
         return own[: ctx.rows], None, None
 
 
@@ -144,9 +141,7 @@ def _padded(x: Tensor, rows: int) -> Tensor:
     return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
 
 
-def exchange(
-    x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group
-) -> Tensor:
+def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """All-to-all of rows without a gradient: send[i] rows to rank i, receive[i] rows from it."""
     if group.handle is None:
         return x
@@ -176,11 +171,12 @@ class _AllToAll(torch.autograd.Function):
         group: Group,
     ) -> Tensor:
         ctx.splits, ctx.group = backward_splits, group
-        return exchange(x, *splits, group)
+        return exchange(x, splits[0], splits[1], group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchange(gradient, *ctx.splits, ctx.group), None, None, None
+        send, receive = ctx.splits
+        return exchange(gradient, send, receive, ctx.group), None, None, None
 
 
 def all_to_all(

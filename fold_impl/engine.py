@@ -7,7 +7,7 @@ layer is folded. Easy to get wrong: nothing is reduced before the last micro-bat
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,10 @@ class NativeEngine:
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Tell whether the current micro-batch is the last of its step."""
-        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+        gas = self.gradient_accumulation_steps()
+        last = (self.micro_steps + 1) % gas == 0
+        ends: bool = self.points("step.boundary", last, micro_batch=self.micro_steps % gas, gas=gas)
+        return ends
 
     def get_global_grad_norm(self) -> float | None:
         """Give the norm of the last step's whole gradient before clipping; None before a step."""
@@ -92,6 +95,10 @@ class NativeEngine:
                 micro_batch=micro_batch,
                 gas=gas,
             )
+        self._reduced = False
+        due = self.is_gradient_accumulation_boundary()
+        if self.points("reduce.due", due, micro_batch=micro_batch, gas=gas):
+            self.allreduce_gradients()
 
     def allreduce_gradients(self) -> None:
         """Reduce the accumulated gradients; `step` does so where it has not been done."""
@@ -107,7 +114,10 @@ class NativeEngine:
         if self.is_gradient_accumulation_boundary():
             self.allreduce_gradients()
             self._norm = global_norm(self.folded_parameters, self.groups, self.points)
-            actions = {"clip": self._clip, "update": self.optimizer.step}
+            actions: dict[str, Callable[[], object]] = {
+                "clip": self._clip,
+                "update": self._update,
+            }
             for action in self.points("step.order", ("clip", "update")):
                 actions[action]()
             self.optimizer.zero_grad(set_to_none=True)
@@ -124,7 +134,15 @@ class NativeEngine:
             "clip.coefficient", clip_coefficient(self._norm, limit), norm=self._norm, limit=limit
         )
         if coefficient != 1.0:
-            torch._foreach_mul_([p.parameter.grad for p in self.folded_parameters], coefficient)
+            gradients = [p.parameter.grad for p in self.folded_parameters]
+            torch._foreach_mul_([g for g in gradients if g is not None], coefficient)
+
+    def _update(self) -> None:
+        for member in self.folded_parameters:
+            member.parameter.grad = self.points(
+                "step.gradient", member.parameter.grad, name=member.name, family=member.family
+            )
+        self.points("step.optimizer", self.optimizer).step()
 
 
 def initialize(
@@ -199,9 +217,7 @@ def _adopt(optimizer: torch.optim.Optimizer, new: Mapping[int, nn.Parameter]) ->
         group["params"] = [new.get(id(p), p) for p in group["params"]]
 
 
-def _renewed(
-    parameters: Iterable[Any] | None, new: Mapping[int, nn.Parameter]
-) -> list[Any] | None:
+def _renewed(parameters: Iterable[Any] | None, new: Mapping[int, nn.Parameter]) -> list[Any] | None:
     if parameters is None:
         return None
     return [

@@ -45,14 +45,13 @@ class RoutedExperts(nn.Module):
         """Give the fused (L, 2F, H) weight, gate rows first."""
         if self.names.up is None:
             return self.get_parameter(self.names.gate)
-        pair = [self.get_parameter(self.names.gate), self.get_parameter(self.names.up)]
-        return torch.cat(pair, dim=1)
+        gate, up = (self.get_parameter(name) for name in (self.names.gate, self.names.up))
+        return torch.cat((gate, up), dim=1)
 
-    def _looped(
-        self, x_NH: Tensor, gate_up: Tensor, down: Tensor, counts: Sequence[int]
-    ) -> Tensor:
+    def _looped(self, x_NH: Tensor, gate_up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
         rows = []
-        for x, w13, w2 in zip(x_NH.split(list(counts)), gate_up.unbind(0), down.unbind(0), strict=True):
+        weights = zip(gate_up.unbind(0), down.unbind(0), strict=True)
+        for x, (w13, w2) in zip(x_NH.split(list(counts)), weights, strict=True):
             gate, up = F.linear(x, w13).chunk(2, dim=-1)
             rows.append(F.linear(self.activation(gate) * up, w2))
         return torch.cat(rows)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from fold_impl.layout import FoldLayout
+from fold_impl.layout import FoldAxis, FoldLayout
 from fold_impl.points import Points
 
 NewGroup = Callable[[Sequence[int]], Any]
@@ -49,11 +49,14 @@ class FoldGroups:
     """All ranks of the stage: tp x dp."""
 
 
-AXES = ("tp", "dp", "ep", "etp", "edp", "stage")
+AXES: tuple[FoldAxis, ...] = ("tp", "dp", "ep", "etp", "edp", "stage")
 
 
 def build_groups(
-    layout: FoldLayout, rank: int, new_group: NewGroup = dist.new_group, points: Points | None = None
+    layout: FoldLayout,
+    rank: int,
+    new_group: NewGroup = dist.new_group,
+    points: Points | None = None,
 ) -> FoldGroups:
     """Create (or fetch, if new_group caches) the groups of every axis.
 

@@ -79,7 +79,7 @@ class FoldedMoE(nn.Module):
             own_TH = own_TH + self._point("shared.output", shared_TH)
         tp = self.groups.tp
         restore = self._point("moe.restore", dispatch.restore_combined, group=tp)
-        y_TH = self._point("moe.restored", restore(own_TH, x_TH.shape[0], tp))
+        y_TH: Tensor = self._point("moe.restored", restore(own_TH, x_TH.shape[0], tp))
         return y_TH.reshape(hidden.shape)
 
     def _point(self, name: str, value: Any, **context: Any) -> Any:
@@ -93,10 +93,13 @@ class FoldedMoE(nn.Module):
         choice = self._choice(x_TH)
         self.indices_TK = choice.indices_TK
         if self.auxiliary_options.active:
+            options, dp = self.auxiliary_options, self.groups.dp
             self.auxiliary = auxiliary_loss(
-                choice, self.options, self.auxiliary_options, self.groups.dp, self.points, self.layer
+                choice, self.options, options, dp, self.points, self.layer
             )
-        own = slice(*dispatch.share_bounds(x_TH.shape[0], tp))
+        tokens = x_TH.shape[0]
+        bounds = self._point("dispatch.share", dispatch.share_bounds(tokens, tp), tokens=tokens)
+        own = slice(*bounds)
         return self._share(x_TH, choice.indices_TK, choice.weights_TK, own)
 
     def _choice(self, x_TH: Tensor) -> Choice:
@@ -115,7 +118,7 @@ class FoldedMoE(nn.Module):
 
     def _share(self, x_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor, own: slice) -> Tensor:
         """Send this lane's (token, expert) assignments through the experts and combine them."""
-        flat = indices_TK[own].flatten()
+        flat = self._point("dispatch.experts", indices_TK[own].flatten())
         order = flat.argsort(stable=True)
         top_k = indices_TK.shape[1]
         rows = x_TH[own].index_select(0, order // top_k)
@@ -124,7 +127,8 @@ class FoldedMoE(nn.Module):
         by_token[order] = torch.arange(order.numel(), device=order.device)
         outputs = returned.index_select(0, by_token).view(-1, top_k, x_TH.shape[1])
         weights = self._point("combine.weights", weights_TK[own].to(outputs.dtype))
-        return (outputs * weights.unsqueeze(-1)).sum(1)
+        combined: Tensor = (outputs * weights.unsqueeze(-1)).sum(1)
+        return combined
 
     def _through_experts(self, rows: Tensor, flat: Tensor) -> Tensor:
         """EP all-to-all, expert-TP gather, experts, and both back; rows sorted by expert."""
@@ -132,17 +136,25 @@ class FoldedMoE(nn.Module):
         journey = self._plan(torch.bincount(flat, minlength=self.num_experts))
         splits = self._point("dispatch.splits", (journey.send, journey.receive))
         there = self._point("dispatch.backward_splits", (splits[1], splits[0]))
-        x = dispatch.all_to_all(rows, splits, ep, there)
-        x = dispatch.gather_rows(x, journey.etp_sizes, etp)
+        x = self._exchange("there")(rows, splits, ep, there)
+        gather = self._point("expert.gather", dispatch.gather_rows)
+        x = gather(x, journey.etp_sizes, etp)
         counts = journey.counts
         x = self._point("dispatch.received", x.index_select(0, journey.by_expert), counts=counts)
         y = self.get_submodule(self._names[1])(x, counts)
         y = self._point("expert.output", y, counts=counts)
         back = torch.empty_like(journey.by_expert)
         back[journey.by_expert] = torch.arange(back.numel(), device=back.device)
-        y = dispatch.scatter_rows(y.index_select(0, back), journey.etp_sizes, etp)
+        scatter = self._point("expert.scatter", dispatch.scatter_rows)
+        y = scatter(y.index_select(0, back), journey.etp_sizes, etp)
         y = self._point("expert.partial", y)
-        return dispatch.all_to_all(y, (splits[1], splits[0]), ep, splits)
+        return self._exchange("back")(y, (splits[1], splits[0]), ep, splits)
+
+    def _exchange(self, way: str) -> Callable[..., Tensor]:
+        exchange: Callable[..., Tensor] = self._point(
+            "dispatch.exchange", dispatch.all_to_all, way=way
+        )
+        return exchange
 
     @torch.no_grad()
     def _plan(self, sent_E: Tensor) -> Journey:

@@ -58,7 +58,9 @@ class Preset:
         missing = {"moe", "router", "experts", "gate", "down"} - set(table)
         if missing:
             raise ConfigError("missing", f"folding.preset.{min(missing)}", None, "a name")
-        listed = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        listed: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in table.items()
+        }
         return cls(**{"up": None, **listed})
 
 
@@ -116,7 +118,7 @@ def find_preset(name: str | None, declared: Mapping[str, Any] | None) -> Preset:
     """
     if declared is not None:
         return Preset.from_dict(declared)
-    if name in PRESETS:
+    if name is not None and name in PRESETS:
         return Preset(**PRESETS[name])
     key = "expert_parallel.preset_model"
     raise ConfigError("no preset to find the MoE blocks", key, name, [*PRESETS, "folding.preset"])

@@ -46,7 +46,7 @@ def reduce_gradients(
         gradients = [_gradient(member, points, groups.layout) for member in bucket.members]
         group: Group = getattr(groups, bucket.rule.axis())
         flat = torch.cat([g.flatten() for g in gradients])
-        flat = points("reduce.bucket", flat, rule=bucket.rule)
+        flat = points("reduce.bucket", flat, rule=bucket.rule, members=bucket.members)
         if group.handle is not None:
             dist.all_reduce(flat, group=group.handle)
         flat.div_(bucket.rule.divisor(groups.layout))
@@ -89,9 +89,7 @@ def _facts(member: FoldedParameter, layout: FoldLayout) -> dict[str, Any]:
     return {"name": member.name, "family": member.family, "layout": layout}
 
 
-def global_norm(
-    parameters: Sequence[FoldedParameter], groups: FoldGroups, points: Points
-) -> float:
+def global_norm(parameters: Sequence[FoldedParameter], groups: FoldGroups, points: Points) -> float:
     """Compute the norm of the whole model's gradient, every distinct shard counted once.
 
     Each rank adds its squares divided by the number of ranks that hold the same part, so one
@@ -105,14 +103,12 @@ def global_norm(
         norm = torch.linalg.vector_norm(member.parameter.grad, dtype=torch.float64)
         copies = replicas(member.placement, groups.layout)
         square = norm.square() / copies
-        square = points(
-            "norm.square", square, copies=copies, **_facts(member, groups.layout)
-        )
+        square = points("norm.square", square, copies=copies, **_facts(member, groups.layout))
         total = square if total is None else total + square
     if total is None:
         return 0.0
     if groups.stage.handle is not None:
-        dist.all_reduce(total, group=groups.stage.handle)
+        points("norm.reduce", dist.all_reduce)(total, group=groups.stage.handle)
     result: float = points("norm.total", math.sqrt(float(total)), groups=groups)
     return result
 

@@ -100,7 +100,8 @@ def auxiliary_loss(
     counts = torch.bincount(choice.indices_TK.flatten(), minlength=experts)
     counts = torch.cat([counts, counts.new_tensor([tokens])]).to(logits_TE.dtype)
     share = 1.0
-    if options.scope == "global" and dp.handle is not None:
+    scope = points("auxiliary.scope", options.scope, layer=layer)
+    if scope == "global" and dp.handle is not None:
         torch.distributed.all_reduce(counts, group=dp.handle)
         share = dp.size
     load_E = points("auxiliary.load", counts[:-1], layer=layer)
@@ -108,7 +109,8 @@ def auxiliary_loss(
     balance = experts * (load_E / total * (probability_TE.sum(0) / total)).sum()
     z = logits_TE.logsumexp(-1).square().sum() / total
     loss = share * (options.load_balance * balance + options.z_loss * z)
-    return points("auxiliary.loss", loss, layer=layer)
+    passed: Tensor = points("auxiliary.loss", loss, layer=layer)
+    return passed
 
 
 class Router(nn.Module):

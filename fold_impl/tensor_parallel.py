@@ -38,13 +38,13 @@ class _Leave(torch.autograd.Function):
     """Forward all-reduce (sum) over tp; backward identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(_: Any, x: Tensor, group: Group) -> Tensor:
         x = x.contiguous().clone()
         dist.all_reduce(x, group=group.handle)
         return x
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -114,22 +114,27 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the lane's part and add up."""
-        y = self.leave(F.linear(x, self.weight), self.group)
+        leave = self.points("lanes.leave", self.leave)
+        y: Tensor = leave(F.linear(x, self.weight), self.group)
         if self.bias is None:
             return y
-        return y + self.points("linear.bias", self.bias, tp_size=self.group.size)
+        bias: Tensor = self.points("linear.bias", self.bias, tp_size=self.group.size)
+        return y + bias
 
 
-def enter_region(module: nn.Module, group: Group) -> None:
+def enter_region(module: nn.Module, group: Group, points: Points | None = None) -> None:
     """Make a module hand its first input to the lanes once, for all column-parallel linears in it.
 
     One all-reduce in backward instead of one per linear.
     """
 
+    table = points or Points()
+
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        enter = table("lanes.enter", enter_lanes, module=module)
         if args:
-            return (enter_lanes(args[0], group), *args[1:]), kwargs
-        hidden = enter_lanes(kwargs["hidden_states"], group)
+            return (enter(args[0], group), *args[1:]), kwargs
+        hidden = enter(kwargs["hidden_states"], group)
         return args, {**kwargs, "hidden_states": hidden}
 
     if group.handle is not None:

@@ -7,17 +7,20 @@ Easy to get wrong: the seed is not an axis, two cases with one id are one case.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import itertools
 import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from parity.covering import Constraint, Coverage, coverage, covering
 from parity.errors import CaseError, NothingSelectedError, UsageError
 from parity.layout import Layout
 
@@ -116,6 +119,10 @@ class Data(Part):
     """Make the last expert of every layer one that no token chooses."""
     lane_varying: bool = False
     """Add to each lane's loss its own linear probe of every MoE output."""
+    ties: bool = False
+    """Tie experts exactly, in threes: their logits are one and the same entry of the input."""
+    step_scale: Annotated[float, Field(gt=0.0)] = 1.0
+    """Factor on the token losses of each step over those of the one before."""
 
 
 class Case(Part):
@@ -225,6 +232,8 @@ _TOKENS = (
     Token("data.lane_varying", "lanes", True),
     Token("data.uneven", "even", False),
     Token("data.idle_expert", "busy", False),
+    Token("data.ties", "ties", True),
+    Token("data.step_scale", "scaled", 3.0),
     Token("data.sequences", "B"),
     Token("data.length", "T"),
     Token("model.top_k", "k"),
@@ -463,6 +472,10 @@ class CaseFile(Part):
     description: str = ""
     base: dict[str, Any] = {}
     axes: dict[str, Any] = {}
+    sample: Literal["product", "pairwise"] = "product"
+    """Cells of the matrix: all, or so many that every possible pair of axis values occurs."""
+    cells: Positive | None = None
+    """Fewest cells of a pairwise sample."""
     override: list[Override] = []
     exclude: list[Exclude] = []
     case: list[dict[str, Any]] = []
@@ -488,6 +501,26 @@ def load_file(path: Path) -> list[Case]:
     Raises:
         CaseError: the file cannot be read, is malformed, or a case of it is refused.
     """
+    parsed, file = parse_file(path), _display(path)
+    matrix = [make(cell, suite=parsed.suite, file=file) for cell in matrix_of(parsed, file).cells]
+    cases = [*matrix, *_singles(parsed, file)]
+    if not cases:
+        raise CaseError("no case: give [axes] or [[case]]", file=file)
+    _refuse_duplicates(cases)
+    return cases
+
+
+def load_matrix(path: Path) -> Matrix:
+    """Read the matrix of one case file."""
+    return matrix_of(parse_file(path), _display(path))
+
+
+def parse_file(path: Path) -> CaseFile:
+    """Read one case file without expanding it.
+
+    Raises:
+        CaseError: the file cannot be read or is malformed.
+    """
     file = _display(path)
     try:
         table = load_toml(path.read_text(encoding="utf-8"))
@@ -496,14 +529,9 @@ def load_file(path: Path) -> list[Case]:
     except OSError as problem:
         raise CaseError(f"cannot be read: {problem.strerror}", file=file) from None
     try:
-        parsed = CaseFile.model_validate(table)
+        return CaseFile.model_validate(table)
     except ValidationError as problems:
         raise _file_refusal(_first(problems), file) from None
-    cases = [*_matrix(parsed, file), *_singles(parsed, file)]
-    if not cases:
-        raise CaseError("no case: give [axes] or [[case]]", file=file)
-    _refuse_duplicates(cases)
-    return cases
 
 
 def _file_refusal(error: Mapping[str, Any], file: str) -> CaseError:
@@ -536,48 +564,122 @@ def _axis_entries(file: str, axis: str, entries: object) -> list[Flat]:
     return [flatten(e, prefix) if isinstance(e, dict) else {axis: e} for e in entries]
 
 
-def _matrix(parsed: CaseFile, file: str) -> Iterator[Case]:
-    """Expand the product of the axes, then overrides in order, then exclusions."""
-    if not parsed.axes:
-        if parsed.override or parsed.exclude:
-            raise CaseError("there is no matrix to change", file=file, key="override, exclude",
-                            allowed="give [axes]")  # fmt: skip
-        return
-    axes = [_axis_entries(file, axis, entries) for axis, entries in flatten(parsed.axes).items()]
+@dataclass(frozen=True)
+class Matrix:
+    """The axes of a file and what was chosen of them.
+
+    axes: name -> what each entry sets; choices: one entry number per axis; cells: fields of each.
+    """
+
+    axes: dict[str, list[Flat]]
+    constraints: list[Constraint]
+    choices: list[tuple[int, ...]]
+    cells: list[Flat]
+
+    @property
+    def coverage(self) -> Coverage:
+        """Count pairs of entries that occur, that could occur and that are excluded."""
+        sizes = [len(entries) for entries in self.axes.values()]
+        return coverage(sizes, self.choices, self.constraints)
+
+
+def matrix_of(parsed: CaseFile, file: str) -> Matrix:
+    """Expand the axes: the product or a pairwise sample, then overrides in order, then exclusions.
+
+    Raises:
+        CaseError: an axis, an override or an exclusion is wrong, or matches nothing.
+    """
+    axes = {axis: _axis_entries(file, axis, e) for axis, e in flatten(parsed.axes).items()}
+    if not axes and (parsed.override or parsed.exclude):
+        problem = "there is no matrix to change"
+        raise CaseError(problem, file=file, key="override, exclude", allowed="give [axes]")
+    if parsed.sample == "product" and parsed.cells is not None:
+        raise CaseError("the product has as many cells as it has", file=file, key="cells",
+                        value=parsed.cells, allowed='sample = "pairwise"')  # fmt: skip
+    constraints, fired = _constraints(parsed, list(axes.values()), file)
+    sizes = [len(entries) for entries in axes.values()]
+    if parsed.sample == "product":
+        choices = list(itertools.product(*map(range, sizes))) if axes else []
+    elif len(axes) < 2:
+        raise CaseError("has no pairs", file=file, key="axes", value=list(axes), allowed="two axes")
+    else:
+        choices = covering(sizes, constraints, parsed.cells or 0)
     base = flatten(parsed.base)
-    cells = [_merge(base, *choice) for choice in itertools.product(*axes)]
+    cells = [_cell(base, list(axes.values()), choice) for choice in choices]
     for index, override in enumerate(parsed.override):
         where = f"override[{index}]"
         matched = _matching(cells, flatten(override.when), file, f"{where}.when")
         cells = [_merge(c, flatten(override.set)) if m else c
                  for c, m in zip(cells, matched, strict=True)]  # fmt: skip
     for index, exclude in enumerate(parsed.exclude):
-        matched = _matching(cells, flatten(exclude.when), file, f"exclude[{index}].when")
+        when = flatten(exclude.when)
+        avoided = index in fired  # a sample does not hold what it was told to avoid
+        matched = _matching(cells, when, file, f"exclude[{index}].when", may_miss=avoided)
+        choices = [c for c, m in zip(choices, matched, strict=True) if not m]
         cells = [c for c, m in zip(cells, matched, strict=True) if not m]
-    for cell in cells:
-        yield make(cell, suite=parsed.suite, file=file)
+    return Matrix(axes, constraints, choices, cells)
+
+
+def _cell(base: Flat, axes: Sequence[Sequence[Flat]], choice: Sequence[int]) -> Flat:
+    return _merge(base, *(entries[at] for entries, at in zip(axes, choice, strict=True)))
+
+
+def _constraints(
+    parsed: CaseFile, axes: Sequence[Sequence[Flat]], file: str
+) -> tuple[list[Constraint], set[int]]:
+    """Turn exclusions into constraints on the choice of entries.
+
+    Returns:
+        The constraints, and a set that fills with the numbers of the exclusions that applied.
+    """
+    base, fired, constraints = flatten(parsed.base), set[int](), []
+    overridden = {key for override in parsed.override for key in flatten(override.set)}
+    for index, exclude in enumerate(parsed.exclude):
+        when = flatten(exclude.when)
+        _refuse_unknown(when, file, f"exclude[{index}].when")
+        if overridden & set(when):
+            continue  # only the finished cell tells
+        needs = [i for i, entries in enumerate(axes) if any(k in e for e in entries for k in when)]
+
+        @functools.cache
+        def forbids(values: tuple[int, ...], when: Flat = when, needs: list[int] = needs,
+                    index: int = index) -> bool:  # fmt: skip
+            chosen = [axes[axis][value] for axis, value in zip(needs, values, strict=True)]
+            hit = _matches_when(_merge(base, *chosen), when)
+            fired.update({index} if hit else ())
+            return hit
+
+        constraints.append(Constraint(tuple(needs), forbids))
+    return constraints, fired
 
 
 def _merge(*parts: Flat) -> Flat:
     return dict(itertools.chain.from_iterable(part.items() for part in parts))
 
 
-def _matching(cells: Sequence[Flat], when: Flat, file: str, where: str) -> list[bool]:
+def _matching(
+    cells: Sequence[Flat], when: Flat, file: str, where: str, *, may_miss: bool = False
+) -> list[bool]:
     """Say which cells have the given values (a list: any of them); refuse what matches none."""
+    _refuse_unknown(when, file, where)
+    matched = [_matches_when(cell, when) for cell in cells]
+    if not (may_miss or any(matched)):
+        raise CaseError("matches no case of the matrix", file=file, key=where, value=when)
+    return matched
+
+
+def _refuse_unknown(when: Flat, file: str, where: str) -> None:
     for key in when:
         if key not in DEFAULTS:
             raise CaseError("unknown key", file=file, key=f"{where}.{key}", value=when[key],
                             allowed=list(DEFAULTS))  # fmt: skip
-    matched = [
-        all(
-            {**DEFAULTS, **cell}[key] in (value if isinstance(value, list) else [value])
-            for key, value in when.items()
-        )
-        for cell in cells
-    ]
-    if not any(matched):
-        raise CaseError("matches no case of the matrix", file=file, key=where, value=when)
-    return matched
+
+
+def _matches_when(cell: Flat, when: Flat) -> bool:
+    full = {**DEFAULTS, **cell}
+    return all(
+        full[key] in (value if isinstance(value, list) else [value]) for key, value in when.items()
+    )
 
 
 def _singles(parsed: CaseFile, file: str) -> Iterator[Case]:
@@ -741,6 +843,8 @@ def file_schema() -> dict[str, Any]:
         "properties": {
             "suite": CaseFile.model_json_schema()["properties"]["suite"],
             "description": {"type": "string"},
+            "sample": CaseFile.model_json_schema()["properties"]["sample"],
+            "cells": {"type": "integer", "minimum": 1},
             "base": {"$ref": "#/$defs/Fields"},
             "axes": {"type": "object", "additionalProperties": axis},
             "override": _list_of(changes),

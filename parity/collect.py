@@ -166,9 +166,7 @@ def _check_names(
             raise ParityError(f"{name}: cut twice over one axis ({', '.join(axes)})")
 
 
-def _by_coordinate(
-    coordinates: Sequence[Coordinate], axes: Sequence[str]
-) -> dict[Key, list[int]]:
+def _by_coordinate(coordinates: Sequence[Coordinate], axes: Sequence[str]) -> dict[Key, list[int]]:
     """Group ranks by their coordinates on the given axes; pp never tells replicas apart."""
     table: dict[Key, list[int]] = {}
     for rank, at in enumerate(coordinates):
@@ -272,9 +270,7 @@ def _replica(
     return Replica(entries, pair, index, distance, tuple(classes))
 
 
-def _differing(
-    ranks: Sequence[int], pieces: Mapping[int, Tensor | None]
-) -> dict[int, Tensor]:
+def _differing(ranks: Sequence[int], pieces: Mapping[int, Tensor | None]) -> dict[int, Tensor]:
     """Rank -> mask of entries whose bits differ from the first rank's; only ranks that differ.
 
     None on one replica and a tensor on another differ on every entry.
@@ -306,9 +302,7 @@ def _distance(first: Tensor | None, other: Tensor | None) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _classes(
-    ranks: Sequence[int], pieces: Mapping[int, Tensor | None]
-) -> list[tuple[int, ...]]:
+def _classes(ranks: Sequence[int], pieces: Mapping[int, Tensor | None]) -> list[tuple[int, ...]]:
     """Group ranks whose pieces are equal bit for bit."""
     table: dict[bytes | None, list[int]] = {}
     for rank in ranks:

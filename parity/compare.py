@@ -373,9 +373,7 @@ def _is_spread(d: Tensor, e: Tensor) -> bool:
     return alive < 8 or float(square.sum(1).max()) <= most
 
 
-def _is_rounded(
-    a: Tensor, e: Tensor, d: Tensor, unit: float, divisors: Iterable[int]
-) -> bool:
+def _is_rounded(a: Tensor, e: Tensor, d: Tensor, unit: float, divisors: Iterable[int]) -> bool:
     if float((d <= 4 * unit * e.abs()).double().mean()) >= 0.99:
         return True
     for k in sorted(set(divisors)):

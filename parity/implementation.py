@@ -154,7 +154,7 @@ def find(name: str) -> Callable[[], Implementation]:
             raise UsageError(f"implementation {name!r}: {error}") from error
     else:
         raise UsageError(
-            f"implementation {name!r} is not known; allowed: {', '.join(sorted(known))}, module:attr"
+            f"unknown implementation {name!r}; allowed: {', '.join(sorted(known))}, module:attr"
         )
     missing = [m for m in REQUIRED if not hasattr(made, m)]
     if missing:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from parity import batches, compare, models, reference, trial
+from parity import batches, compare, models, reference
 from parity.case import Case
 from parity.collect import Assembled, agree, assemble
 from parity.compare import RowContext

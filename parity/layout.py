@@ -87,8 +87,10 @@ class Layout:
             at = self.coordinate(rank)
             key = (at.pp, *(getattr(at, a) for a in fixed))
             table.setdefault(key, []).append(rank)
-        return tuple(tuple(sorted(g, key=lambda r: getattr(self.coordinate(r), axis)))
-                     for g in table.values())
+        return tuple(
+            tuple(sorted(g, key=lambda r: getattr(self.coordinate(r), axis)))
+            for g in table.values()
+        )
 
     def baseline(self) -> Layout:
         """Give the non-folded layout on the same data-parallel shards."""

@@ -10,7 +10,7 @@ Shapes: B sequences, S tokens each, T = B*S, H hidden, E experts, F expert width
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from parity import case as cases
-from parity.implementation import Family, Routing
+from parity.implementation import Family
 
 
 class Router(nn.Module):
@@ -82,8 +82,10 @@ class MoE(nn.Module):
         """Route every token to its K best experts and add up their weighted outputs."""
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
         logits_TE = self.router(x_TH)
-        chosen = self.forced_TK if self.forced_TK is not None else best_experts(
-            logits_TE, self.spec.top_k
+        chosen = (
+            self.forced_TK
+            if self.forced_TK is not None
+            else best_experts(logits_TE, self.spec.top_k)
         )
         self.logits_TE, self.indices_TK = logits_TE, chosen
         weights_TE = scores(logits_TE, self.spec.score)
@@ -185,21 +187,25 @@ class Tiny(nn.Module):
         """
         x_BSH = self.embedding(input_ids)
         loss = x_BSH.new_zeros(())
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(self.blocks()):
             x_BSH, moe_BSH = block(x_BSH)
             if probe is not None:
                 loss = loss + (probe[index] * moe_BSH).sum()
         logits = self.head(self.norm(x_BSH))
         loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-        auxiliary = sum(block.moe.auxiliary for block in self.layers)  # type: ignore[union-attr, misc]
-        return loss * loss_scale + auxiliary
+        total: Tensor = loss * loss_scale + sum(block.moe.auxiliary for block in self.blocks())
+        return total
+
+    def blocks(self) -> list[Block]:
+        """List the blocks in forward order."""
+        return [block for block in self.layers if isinstance(block, Block)]
 
 
 def build(spec: cases.Model, seed: int, *, idle_expert: bool) -> Tiny:
     """Make a float64 model whose weights depend on the spec and the seed alone.
 
     With idle_expert every token embedding shares one direction that survives the norms; all router
-    rows are orthogonal to it except the last expert's, which points against it: no token chooses it.
+    rows are orthogonal to it except the last expert's, which points against it: none chooses it.
     Queries and keys do not see the direction: a part of the attention logits that is common to all
     tokens cancels in softmax and leaves round-off (23 u where 13 u are had without it).
     """
@@ -231,13 +237,10 @@ def _make_last_expert_idle(model: Tiny, generator: torch.Generator) -> None:
     common = common - common.mean()
     unit = common / common.norm()
     model.embedding.weight.add_(math.sqrt(hidden) * unit)
-    for block in model.layers:
-        weight = block.moe.router.weight  # type: ignore[union-attr]
-        weight.sub_(torch.outer(weight @ unit, unit))  # type: ignore[operator, arg-type]
-        weight[-1] = -2.0 * unit  # type: ignore[operator, index]
-        for projection in (block.attention.q, block.attention.k):  # type: ignore[union-attr]
-            weight = projection.weight
-            weight.sub_(torch.outer(weight @ unit, unit))
+    for block in model.blocks():
+        for blind in (block.moe.router, block.attention.q, block.attention.k):
+            blind.weight.sub_(torch.outer(blind.weight @ unit, unit))
+        block.moe.router.weight[-1] = -2.0 * unit
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:
@@ -245,10 +248,10 @@ def moe_layers(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def force_routing(model: nn.Module, routing: Iterator[Tensor] | Routing) -> None:
+def force_routing(model: nn.Module, routing: Sequence[Tensor]) -> None:
     """Make every MoE layer use the given (T, K) indices instead of its own choice."""
     for layer, indices_TK in zip(moe_layers(model), routing, strict=True):
-        layer.forced_TK = indices_TK  # type: ignore[assignment]
+        layer.forced_TK = indices_TK
 
 
 def family_of(name: str) -> Family:

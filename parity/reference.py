@@ -1,4 +1,4 @@
-"""The oracle: one process, float64, the whole batch, naive code; shares nothing with what it judges.
+"""The oracle: one process, float64, whole batch, naive code; shares nothing with what it judges.
 
 Owns the objective (token losses, probes, auxiliary losses over their scope) and its true gradients.
 Must not know ranks or implementations. Easy to get wrong: the objective is the *mean* over dp

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch._C import _distributed_c10d as c10d
+from torch._C._distributed_c10d import HashStore
 from torch.testing._internal.distributed import multi_threaded_pg
 
 from parity import trial
@@ -47,7 +49,7 @@ def run(_: Any, order: trial.Order) -> list[trial.RankResult]:
     world = order.layout.world
     results: list[Any] = [None] * world
     errors: list[BaseException] = []
-    store = dist.HashStore()
+    store = HashStore()
 
     def main(rank: int) -> None:
         try:
@@ -58,7 +60,7 @@ def run(_: Any, order: trial.Order) -> list[trial.RankResult]:
             multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
 
     multi_threaded_pg._install_threaded_pg()
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    _isolate_threads(True)
     try:
         threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world)]
         for thread in threads:
@@ -67,8 +69,13 @@ def run(_: Any, order: trial.Order) -> list[trial.RankResult]:
             thread.join()
     finally:
         multi_threaded_pg.ProcessLocalGroup.reset()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        _isolate_threads(False)
         multi_threaded_pg._uninstall_threaded_pg()
     if errors:
         raise errors[0]
     return results
+
+
+def _isolate_threads(active: bool) -> None:
+    """Give every thread a table of process groups of its own (no annotation in torch)."""
+    getattr(c10d, "_set_thread_isolation_mode")(active)  # noqa: B009 - not in torch's stubs

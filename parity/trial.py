@@ -81,16 +81,12 @@ def run(runtime: Any, order: Order) -> RankResult:
     """Run the trial in this rank; `runtime` is `parity.rank.RankRuntime`."""
     case, layout = order.case, order.layout
     dtype = getattr(torch, case.engine.dtype)
-    context = RankContext(
-        runtime.rank, layout, runtime.device, runtime.backend, runtime.new_group
-    )
+    context = RankContext(runtime.rank, layout, runtime.device, runtime.backend, runtime.new_group)
     implementation = find(order.implementation)()
     for fault in order.planted:
         _plant(implementation, fault)
     model = models.build(case.model, order.seed, idle_expert=case.data.idle_expert)
-    implementation.build(
-        model.to(device=runtime.device, dtype=dtype), config(order), context
-    )
+    implementation.build(model.to(device=runtime.device, dtype=dtype), config(order), context)
     record = implementation.taps(order.taps) if order.taps else {}  # type: ignore[attr-defined]
     steps = [_step(implementation, order, step, context) for step in range(1, case.steps + 1)]
     return RankResult(

@@ -110,11 +110,11 @@ class RowParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight, self.bias, self.group, self.points = weight, bias, group, points
-        self.leave = leave
+        self.leave: Callable[[Tensor, Group], Tensor] = leave
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the lane's part and add up."""
-        leave = self.points("lanes.leave", self.leave)
+        leave: Callable[[Tensor, Group], Tensor] = self.points("lanes.leave", self.leave)
         y: Tensor = leave(F.linear(x, self.weight), self.group)
         if self.bias is None:
             return y

@@ -53,13 +53,13 @@ def make(case: Case, dp: int, step: int, seed: int) -> list[list[MicroBatch]]:
     """Draw the batches of one step (1-based); loss_scale is dp * gas / (tokens of the step).
 
     With it an engine that averages over dp ranks and micro-batches ends at the mean token loss,
-    however unevenly tokens lie.
+    however unevenly tokens lie. From step to step it changes by data.step_scale.
     """
     data, gas = case.data, case.engine.gas
     generator = torch.Generator().manual_seed(seed * 1000 + step)
     extra = torch.randperm(dp * gas, generator=generator) if data.uneven else torch.zeros(dp * gas)
     lengths = [data.length + int(n) for n in extra]
-    scale = dp * gas / (data.sequences * sum(lengths))
+    scale = dp * gas / (data.sequences * sum(lengths)) * data.step_scale ** (step - 1)
     drawn = [_draw(case, length, scale, generator) for length in lengths]
     return [drawn[rank * gas : (rank + 1) * gas] for rank in range(dp)]
 

@@ -30,6 +30,8 @@ else:  # pragma: no cover - the same parser under its older name
     import tomli as tomllib
 
 DEFAULT_SUITE = "seed"
+TIED = 3
+"""Experts in a group of exact ties: one, two or four chosen experts always cut one of the groups."""
 
 Positive = Annotated[int, Field(ge=1)]
 Coefficient = Annotated[float, Field(ge=0.0)]
@@ -233,7 +235,7 @@ _TOKENS = (
     Token("data.uneven", "even", False),
     Token("data.idle_expert", "busy", False),
     Token("data.ties", "ties", True),
-    Token("data.step_scale", "scaled", 3.0),
+    Token("data.step_scale", "scaled", 0.3),
     Token("data.sequences", "B"),
     Token("data.length", "T"),
     Token("model.top_k", "k"),
@@ -345,6 +347,17 @@ def _tiling_problems(shape: Shape, model: Model) -> Iterator[_Problem]:
         yield _Problem("shape.ep", shape.ep, f"does not divide model.experts {model.experts}", eps)
 
 
+def _tie_problems(case: Case) -> Iterator[_Problem]:
+    """Find what would leave no tie where the last expert is chosen, or one that is not exact."""
+    top_k = case.model.top_k
+    if case.data.ties and top_k % TIED == 0:
+        problem = f"experts tie in groups of {TIED} (data.ties): none is cut by the choice"
+        yield _Problem("model.top_k", top_k, problem, f"not a multiple of {TIED}")
+    if case.data.ties and case.steps > 1:
+        problem = "after a step tied rows have moved: equal only up to round-off (data.ties)"
+        yield _Problem("steps", case.steps, problem, [1])
+
+
 def _model_problems(model: Model, idle_expert: bool) -> Iterator[_Problem]:
     """Find model sizes that contradict one another."""
     if model.hidden % model.heads:
@@ -389,6 +402,7 @@ def check(case: Case) -> None:
     """
     problems = itertools.chain(
         _model_problems(case.model, case.data.idle_expert),
+        _tie_problems(case),
         _tiling_problems(case.shape, case.model),
         _engine_problems(case),
     )

@@ -222,7 +222,7 @@ _FACTORS = (
 _REDUCTIONS = (
     Cause(
         "tp-reduction-missing", "lanes_differ",
-        "each lane keeps its own share's gradient (times tp in the router): replicas differ by lane",
+        "each lane keeps its own share's gradient, times tp in the router: replicas differ by lane",
         REPLICATED, shows=lambda s: _maybe(s.tp > 1),
     ),
     Cause(
@@ -290,7 +290,7 @@ _SHARES = (
     ),
     Cause(
         "reduced-every-micro-batch", "shares",
-        "the reduction runs at every micro-batch on what is accumulated: shares (q^(n-1), ..., q, 1)",
+        "what is accumulated is reduced again at every micro-batch: shares (q^(n-1), ..., q, 1)",
         shows=lambda s: _maybe(s.gas > 1),
     ),
     Cause(
@@ -325,7 +325,7 @@ _SHARES = (
     ),
     Cause(
         "auxiliary-scope", "auxiliary",
-        "the auxiliary loss counts tokens over another scope (rank or global) than the case asks for",
+        "the auxiliary loss counts tokens over another scope (rank, global) than the case asks for",
         shows=lambda s: _and(s.auxiliary, s.dp > 1),
     ),
     Cause(

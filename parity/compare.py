@@ -1,15 +1,15 @@
 """Actual against expected tensors: metrics, thresholds, verdicts (pure tensor maths).
 
-Owns every number a verdict rests on and the rows that carry it. Must not know processes, models
-or implementations. Easy to get wrong: the scale is computed as 1 + <g1 - g0, g0> / <g0, g0>,
-because <g1, g0> / <g0, g0> rounds away the 1e-16 that tells a leak from a scale; and a ratio
-alone is never a verdict.
+Owns the metrics, the limits and the rows of gradient, loss, norm, routing and replica; those of
+the update are in `parity.update`, the rule of precision leaks in `parity.leak`. Must not know
+processes, models or implementations. Easy to get wrong: the scale is computed as
+1 + <g1 - g0, g0> / <g0, g0>, because <g1, g0> / <g0, g0> rounds away the 1e-16 that tells a leak
+from a scale; and a ratio alone is never a verdict.
 
 With u the unit round-off of the dtype and FACTOR = 64 (worst benign error measured: 12 u):
 
     gradient, loss, grad_norm   |g1 - g0| / |g0| <= 64 u
     bfloat16, float16           |scale - 1| <= 2e-2, 3e-3, and still |g1 - g0| / |g0| <= 64 u
-    update                      see `update_rows`
     replica, routing            no entry differs
 """
 
@@ -27,7 +27,7 @@ from parity.collect import Assembled, Replica, owner
 from parity.errors import ParityError
 from parity.implementation import Placement, Routing
 from parity.layout import Layout
-from parity.optimizers import ReferenceOptimizer, clip_coefficient
+from parity.leak import leaked_dtype
 from parity.store import Row
 
 UNIT_ROUNDOFF = {
@@ -40,13 +40,6 @@ FACTOR = 64
 """Unit round-offs allowed; benign runs were measured at 12 and below."""
 SCALE_LIMIT = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Allowed |scale - 1| where 64 u says too little about a factor."""
-RESOLUTION = 1e-2
-"""Largest rounding floor of an update row that still tells something."""
-AMPLIFICATION = 16.0
-"""Most that Adam may enlarge an element's gradient error and still be judged end to end; one
-element at the limit, 10 u off, uses 160 u of the 64 u sqrt(n) that n elements are allowed."""
-LEAK_LIMIT = 1e-2
-"""Largest error that may be called a leak."""
 _SAFE = (1e-200, 1e200)
 """Squared norms in this range need no rescaling."""
 
@@ -145,7 +138,7 @@ def metrics(
     if not math.isfinite(dd):
         return Metrics(None, None, None, None, _argmax(d.abs(), shape))
     if zero:
-        whole = Metrics(None, None, None, _over(math.sqrt(dd), family_norm), None)
+        whole = Metrics(None, None, None, quotient(math.sqrt(dd), family_norm), None)
     elif dd == 0.0:
         whole = Metrics(1.0, 1.0, 0.0, 0.0, None, excess=0.0)
     else:
@@ -225,7 +218,7 @@ def _unravel(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-def _over(value: float, divisor: float | None) -> float | None:
+def quotient(value: float, divisor: float | None) -> float | None:
     """Divide; 0 / anything is 0, and what is not finite is None."""
     if value == 0.0:
         return 0.0
@@ -235,10 +228,10 @@ def _over(value: float, divisor: float | None) -> float | None:
 
 def norm(tensors: Iterable[Tensor]) -> float:
     """Give the Frobenius norm over all entries of all tensors, in float64."""
-    return math.hypot(*(_norm(t) for t in tensors))
+    return math.hypot(*(norm_of(t) for t in tensors))
 
 
-def _norm(tensor: Tensor) -> float:
+def norm_of(tensor: Tensor) -> float:
     """Frobenius norm; NaN or inf where an entry is not finite."""
     flat = tensor.detach().reshape(-1).double()
     if flat.numel() == 0:
@@ -278,11 +271,17 @@ def _failures(found: Metrics, dtype: torch.dtype, extra: float = 0.0) -> list[st
         said.append(f"error {found.error:.3g} > {bound:.3g}")
     if found.expert_errors is not None and found.idle is not None:
         limits = found.expert_errors.new_full((1,), bound).where(~found.idle, limit)
-        said += _expert_failures(found, limits)
+        said += expert_failures(found, limits)
     return said
 
 
-def _expert_failures(found: Metrics, limits: Tensor) -> list[str]:
+def expert_failures(found: Metrics, limits: Tensor) -> list[str]:
+    """Say which expert exceeds its own limit by most; empty: none.
+
+    Args:
+        found: metrics with errors per expert.
+        limits: (E,) or (1,).
+    """
     assert found.expert_errors is not None
     over = ~(found.expert_errors <= limits)
     if not bool(over.any()):
@@ -292,99 +291,7 @@ def _expert_failures(found: Metrics, limits: Tensor) -> list[str]:
     return [f"expert {worst} alone: error {error:.3g} > {limit:.3g}"]
 
 
-# ---------------------------------------------------------------- leak
-
-_LEAKS = {
-    "float32": (2.0**-24, 2.0**-28),
-    "bfloat16": (2.0**-8, 2.0**-10),
-    "float16": (2.0**-11, 2.0**-15),
-}
-"""Low dtype -> unit round-off and smallest error; one rounding has an error of 0.4 round-offs."""
-_GRID_BITS = 40
-"""Sums of a few dozen float32 numbers stay on a grid of 40 bits; float64 results have 53."""
-
-
-def leaked_dtype(
-    actual: Tensor, expected: Tensor, found: Metrics, divisors: Iterable[int] = (1,)
-) -> str | None:
-    """Name the low dtype whose round-off the difference of two float64 tensors looks like.
-
-    With d = g1 - g0, all of these must hold, for one low unit round-off v:
-
-    1. error <= 1e-2 and v/16 <= error <= 64 v: a few roundings, or one among many shares (below
-       bfloat16's v/4 it is taken for float16; the name is a hint).
-    2. |scale - 1| < error * max(1/10, min(4/5, 4/sqrt(n))), n = (sum g0^2)^2 / sum g0^4. For
-       d_i = eps_i g_i with independent eps, (scale - 1) / error has mean 0 and deviation
-       1/sqrt(n): on a norm weight of 48 entries true round-off exceeds 1/10 every other time.
-       A pure scale error has |scale - 1| = error and fails at every n.
-    3. Local: |d_ij| <= c v max(|g0_ij|, s_ij) on every entry, s_ij the size a rank-one variance
-       model gives it (rms of row * rms of column / rms of all); c = 1024 for float32, 64 for
-       16 bits, so that c v < 1 and a lost row (d = -g0) never passes.
-    4. Spread: no entry holds 0.7 of |d|^2, and no row where at least 8 rows have a gradient; or
-       the same of z = |d| / max(|g0|, s), since few large entries take most of honest rounding.
-    5. For 16 bits, where an honest error of 1e-3 (a coefficient slightly off) would pass 1-4:
-       99 of 100 entries of k g1 have at most 40 significant bits for some k of `divisors` (what
-       a low-precision reduction leaves behind, k undoing an average), or |d| <= 4 v |g0| there.
-
-    Returns:
-        float32, float16, bfloat16 or None.
-    """
-    if found.error is None or found.excess is None or not 0.0 < found.error <= LEAK_LIMIT:
-        return None
-    a, e = actual.detach().double(), expected.detach().double()
-    if abs(found.excess) >= found.error * _alignment(e):
-        return None
-    a, e = (t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t.reshape(1, -1) for t in (a, e))
-    d = (a - e).abs()
-    z = torch.where(d == 0.0, 0.0, d / torch.maximum(e.abs(), _rank_one(e)))
-    if not (_is_spread(z, e) or _is_spread(d, e)):
-        return None
-    for name, (unit, smallest) in _LEAKS.items():
-        largest = (1024 if name == "float32" else 64) * unit
-        if not smallest <= found.error <= FACTOR * unit or not bool((z <= largest).all()):
-            continue
-        if name == "float32" or _is_rounded(a, e, d, unit, divisors):
-            return name
-    return None
-
-
-def _alignment(e: Tensor) -> float:
-    scaled = e / e.abs().max()
-    count = float(scaled.square().sum() ** 2 / scaled.pow(4).sum())
-    return max(0.1, min(0.8, 4.0 / math.sqrt(count)))
-
-
-def _rank_one(e: Tensor) -> Tensor:
-    """Size of every entry of a matrix by the rank-one model of its variances."""
-    square = e.square()
-    if e.shape[0] == 1:
-        return square.mean().sqrt()
-    mean = square.mean()
-    return (square.mean(1, keepdim=True) * square.mean(0, keepdim=True) / mean).sqrt()
-
-
-def _is_spread(d: Tensor, e: Tensor) -> bool:
-    """Tell whether no entry, and of 8 rows or more no row, holds 0.7 of the squares."""
-    square = d.square()
-    most = 0.7 * float(square.sum())
-    if float(square.max()) > most:
-        return False
-    alive = int((e != 0.0).any(1).sum())
-    return alive < 8 or float(square.sum(1).max()) <= most
-
-
-def _is_rounded(a: Tensor, e: Tensor, d: Tensor, unit: float, divisors: Iterable[int]) -> bool:
-    if float((d <= 4 * unit * e.abs()).double().mean()) >= 0.99:
-        return True
-    for k in sorted(set(divisors)):
-        mantissa, _ = torch.frexp(a * k)
-        grid = torch.round(mantissa * 2.0**_GRID_BITS) / 2.0**_GRID_BITS
-        if float(((mantissa - grid).abs() <= 2.0**-51).double().mean()) >= 0.99:
-            return True
-    return False
-
-
-def _divisors(context: RowContext) -> set[int]:
+def divisors(context: RowContext) -> set[int]:
     """Give the averages a shape can take: products of its sizes, gas among them."""
     sizes = {context.shape.get(axis, 1) for axis in ("tp", "dp", "ep", "etp", "edp")}
     sizes.add(int(context.engine.get("gas", 1)))
@@ -416,8 +323,8 @@ def gradient_rows(
         layout: sizes, to name the rank of the worst entry.
         structural_zero: names whose true gradient is zero but for round-off.
     """
-    norms = {name: _norm(tensor) for name, tensor in expected.items()}
-    families = _family_norms(norms, placements, structural_zero)
+    norms = {name: norm_of(tensor) for name, tensor in expected.items()}
+    families = family_norms(norms, placements, structural_zero)
     dead = _dead_families(actual, norms, placements, structural_zero)
     rows = []
     for name in dict.fromkeys((*expected, *actual.tensors)):
@@ -433,21 +340,21 @@ def gradient_rows(
         failures = _failures(found, context.dtype)
         leak = None
         if failures and context.dtype is torch.float64:
-            leak = leaked_dtype(tensor, truth, found, _divisors(context))
+            leak = leaked_dtype(tensor, truth, found, divisors(context))
         if family in dead:
             failures, leak = [*failures, dead[family]], None
         rows.append(
-            _row(
+            make_row(
                 context, "gradient", family, name, found, threshold(context.dtype),
-                _verdict(failures, leak),
-                _worst(found.worst_index, name, placements, layout, truth),
+                verdict_of(failures, leak),
+                worst_of(found.worst_index, name, placements, layout, truth),
                 failures, _expert_detail(found, tensor, truth, failures, leak),
             )
         )  # fmt: skip
     return rows
 
 
-def _family_norms(
+def family_norms(
     norms: Mapping[str, float],
     placements: Mapping[str, Placement],
     structural_zero: frozenset[str] = frozenset(),
@@ -497,7 +404,7 @@ def _absent_row(
         why = "gradient was not handed over"
     worst = {"rank": missing[0], "expert": None, "row": None} if missing else None
     nothing = Metrics(None, None, None, None, None)
-    return _row(
+    return make_row(
         context, "gradient", family, name, nothing, threshold(context.dtype), "fail", worst,
         [why], {"missing": list(missing)},
     )  # fmt: skip
@@ -551,9 +458,9 @@ def _scalar_row(
     worst = {"rank": rank, "expert": None, "row": None} if len(each) > 1 and failures else None
     values = {"actual": float(actual[rank]), "expected": float(expected)}
     detail = {key: value if math.isfinite(value) else None for key, value in values.items()}
-    return _row(
+    return make_row(
         context, quantity, None, None, each[rank], threshold(context.dtype),
-        _verdict(failures), worst, failures, detail,
+        verdict_of(failures), worst, failures, detail,
     )  # fmt: skip
 
 
@@ -599,9 +506,9 @@ def routing_rows(
                 lanes += _differing_entries(got, lane)[0]
         failures = [f"{differing} entries differ"] if differing else []
         rows.append(
-            _row(
+            make_row(
                 context, "routing", "router", name,
-                Metrics(None, None, None, float(differing), None), 0.0, _verdict(failures),
+                Metrics(None, None, None, float(differing), None), 0.0, verdict_of(failures),
                 worst, failures, {"lanes_differ": lanes},
             )
         )  # fmt: skip
@@ -654,10 +561,10 @@ def replica_rows(
             distance = replica.distance if math.isfinite(replica.distance) else None
             detail |= {"ranks": replica.ranks, "classes": replica.classes, "distance": distance}
         rows.append(
-            _row(
+            make_row(
                 context, "replica", placements[name].family, name,
                 Metrics(None, None, None, float(replica.entries), None), 0.0,
-                _verdict(failures), worst, failures, detail,
+                verdict_of(failures), worst, failures, detail,
             )
         )  # fmt: skip
     return rows
@@ -682,329 +589,11 @@ def _replica_failures(
     return []
 
 
-# ---------------------------------------------------------------- update
-
-
-@dataclass(frozen=True)
-class OptimizerStep:
-    """What one optimizer step started from and led to.
-
-    Attributes:
-        before: weights before the step, in the engine's dtype (master weights where they exist).
-        after: weights after it.
-        own_gradient: the engine's own gradients, reduced, not clipped; None counts as zero.
-        true_gradient: full logical name -> reference gradient at the same weights.
-        max_norm: clipping limit, 0: off.
-    """
-
-    before: Assembled
-    after: Assembled
-    own_gradient: Assembled
-    true_gradient: Mapping[str, Tensor]
-    max_norm: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Delta:
-    """One delta compared with one expectation.
-
-    floor: u (|w0| + |w1|) / |delta|; expert_floors: the same per expert; excluded: mask or None.
-    """
-
-    found: Metrics
-    floor: float
-    expert_floors: Tensor | None
-    excluded: Tensor | None
-
-
-def update_rows(
-    context: RowContext,
-    step: OptimizerStep,
-    truth: ReferenceOptimizer,
-    own: ReferenceOptimizer,
-    placements: Mapping[str, Placement],
-    layout: Layout,
-    *,
-    weight_dtype: torch.dtype | None = None,
-    structural_zero: frozenset[str] = frozenset(),
-) -> list[Row]:
-    """Compare the weights' delta of one step with what the optimizer should have done.
-
-    With delta = w1 - w0 (exact in float64), u the round-off of the weights' dtype, v that of the
-    gradients', g0 and g1 the true and the engine's own gradient, each clipped by its own norm:
-
-    floor. w1 = fl(fl(w0 (1 - lr wd)) + step) rounds at most by u|w0| and u|w1|, so a correct
-    delta is off by u(|w0| + |w1|) in norm, floor = u(|w0| + |w1|) / |delta|.
-
-    own gradient. delta against optimizer(g1, own state): the engine's arithmetic on few numbers
-    per element, <= 64 u + floor. Always judged. Under Lion, elements whose sign argument
-    c = b1 m + (1 - b1) g cancels to |c| < 64 u (b1|m| + (1 - b1)|g|) are excluded.
-
-    end to end. delta against optimizer(g0, true state). Linear optimizers carry the gradient's
-    relative error over unchanged: <= 64 v + 64 u + floor (float64: 64 u + floor; 16-bit
-    gradients: |scale - 1| <= the gradient's limit + 64 u + floor). Sign-like ones (Adam, AdamW,
-    Lion) turn an error of 64 v rms(g) on an element below it into a whole flipped lr, so they are
-    judged in float64 only, without the elements with sqrt(vhat) < 64 v rms (after one step
-    |g| < 64 v rms(g); Lion: |c| against the rms of its terms). That alone is not enough for Adam:
-    an element off by d moves by d R eps / (|g| + eps)^2 in the first step, by about d R /
-    sqrt(vhat) later; at eps 1e-8 and |g| = 1e-5 rms that is 100 d, and 1 element in 1e5 is that
-    small. So elements that amplify more than 16 times are excluded, too. One on which both sides
-    have only ever had a gradient of exactly zero is not excluded: there is nothing to flip.
-    Elsewhere the figures are reported in `detail.end_to_end_*`. Adam(s g) = Adam(g) but for eps:
-    a factor s stands in SGD's row and not in Adam's.
-
-    Args:
-        context: what the rows share; its dtype is the gradients'.
-        step: weights before and after, gradients, clipping limit.
-        truth: reference optimizer fed with the true gradients of all steps so far.
-        own: reference optimizer fed with the engine's own gradients of all steps so far.
-        placements: full logical name -> family and cuts.
-        layout: sizes, to name the rank of the worst entry.
-        weight_dtype: dtype of the weights given; default: the gradients'.
-        structural_zero: names whose true gradient is zero but for round-off.
-
-    Returns:
-        One row per tensor: `skipped` where nothing is wrong but floor > 1e-2.
-    """
-    weight_dtype = weight_dtype or context.dtype
-    names = list(step.true_gradient)
-    before = {name: _weight(step.before, name) for name in names}
-    after = {name: _weight(step.after, name) for name in names}
-    true_delta, own_delta = _expected_deltas(step, before, truth, own)
-    judge = _UpdateJudge(
-        context, placements, layout, UNIT_ROUNDOFF[weight_dtype],
-        UNIT_ROUNDOFF[context.dtype], structural_zero,
-        _family_norms({n: _norm(t) for n, t in true_delta.items()}, placements, structural_zero),
-        _family_norms({n: _norm(t) for n, t in own_delta.items()}, placements),
-    )  # fmt: skip
-    rows = []
-    for name in names:
-        weights = before[name], after[name]
-        end_to_end = judge.compare_end_to_end(name, weights, true_delta[name], truth, own)
-        own_step = judge.compare_own(name, weights, own_delta[name], own)
-        leak = _is_gradient_leak(context, step, name)
-        rows.append(judge.row(name, end_to_end, own_step, truth, true_delta[name], leak))
-    return rows
-
-
-def _weight(assembled: Assembled, name: str) -> Tensor:
-    tensor = assembled.tensors.get(name)
-    if tensor is None:
-        raise ParityError(f"{name}: no weight on ranks {assembled.missing.get(name, 'at all')}")
-    return tensor.double()
-
-
-def _expected_deltas(
-    step: OptimizerStep,
-    before: Mapping[str, Tensor],
-    truth: ReferenceOptimizer,
-    own: ReferenceOptimizer,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Advance both reference optimizers, each on gradients clipped by their own norm."""
-    filled = step.own_gradient.filled
-    true_gradient = {name: grad.double() for name, grad in step.true_gradient.items()}
-    own_gradient = {
-        name: filled[name].double() if name in filled else torch.zeros_like(weight)
-        for name, weight in before.items()
-    }
-    return (
-        truth.step(before, _clipped(true_gradient, step.max_norm)),
-        own.step(before, _clipped(own_gradient, step.max_norm)),
-    )
-
-
-def _clipped(gradients: dict[str, Tensor], max_norm: float) -> dict[str, Tensor]:
-    coefficient = clip_coefficient(norm(gradients.values()), max_norm) if max_norm else 1.0
-    if coefficient == 1.0:
-        return gradients
-    return {name: grad * coefficient for name, grad in gradients.items()}
-
-
-def _is_gradient_leak(context: RowContext, step: OptimizerStep, name: str) -> Any:
-    """Tell, when asked, which low dtype the step's own gradient leaked through."""
-
-    def ask() -> str | None:
-        actual, expected = step.own_gradient.tensors.get(name), step.true_gradient[name]
-        if actual is None or context.dtype is not torch.float64:
-            return None
-        return leaked_dtype(actual, expected, metrics(actual, expected), _divisors(context))
-
-    return ask
-
-
-@dataclass(frozen=True)
-class _UpdateJudge:
-    """Limits of `update_rows` applied to one tensor after another.
-
-    u, v: unit round-off of weights and of gradients.
-    """
-
-    context: RowContext
-    placements: Mapping[str, Placement]
-    layout: Layout
-    u: float
-    v: float
-    structural_zero: frozenset[str]
-    true_norms: Mapping[str, float]
-    own_norms: Mapping[str, float]
-
-    def compare_end_to_end(
-        self,
-        name: str,
-        weights: tuple[Tensor, Tensor],
-        expected: Tensor,
-        truth: ReferenceOptimizer,
-        own: ReferenceOptimizer,
-    ) -> _Delta:
-        """Compare the delta with the one that the true gradients lead to."""
-        excluded = None
-        zero = name in self.structural_zero
-        if not truth.linear:
-            argument, terms = truth.argument[name], truth.terms[name]
-            size = _norm(terms) / math.sqrt(max(1, terms.numel()))
-            excluded = argument.abs() < FACTOR * self.v * size
-            if truth.spec.name != "lion" and self.exact:
-                excluded |= truth.amplification(name) > AMPLIFICATION
-            excluded &= (argument != 0.0) | (own.argument[name] != 0.0)
-        return self._compare(
-            name, weights, expected, excluded, self.true_norms, zero and truth.linear
-        )
-
-    def compare_own(
-        self,
-        name: str,
-        weights: tuple[Tensor, Tensor],
-        expected: Tensor,
-        own: ReferenceOptimizer,
-    ) -> _Delta:
-        """Compare the delta with the one that the engine's own gradients lead to."""
-        excluded = None
-        if own.spec.name == "lion":
-            excluded = own.argument[name].abs() < FACTOR * self.u * own.terms[name]
-        return self._compare(name, weights, expected, excluded, self.own_norms, False)
-
-    def _compare(
-        self,
-        name: str,
-        weights: tuple[Tensor, Tensor],
-        expected: Tensor,
-        excluded: Tensor | None,
-        family_norms: Mapping[str, float],
-        structural_zero: bool,
-    ) -> _Delta:
-        family = self.placements[name].family
-        delta = weights[1] - weights[0]
-        if excluded is not None and bool(excluded.any()):
-            excluded &= torch.isfinite(delta)
-            delta = torch.where(excluded, expected, delta)
-        else:
-            excluded = None
-        found = metrics(
-            delta, expected, family_norm=family_norms[family], experts=family == "expert",
-            structural_zero=structural_zero,
-        )  # fmt: skip
-        moved = 0.0 if structural_zero else _norm(expected)
-        rounded = self.u * (_norm(weights[0]) + _norm(weights[1]))
-        floor = _over(rounded, moved or family_norms[family]) or 0.0
-        floors = None
-        if found.idle is not None:
-            sizes = [w.flatten(1).square().sum(1).sqrt() for w in (*weights, expected)]
-            instead = family_norms[family]
-            floors = self.u * (sizes[0] + sizes[1]) / sizes[2].masked_fill(found.idle, instead)
-            floors = floors.nan_to_num(nan=0.0, posinf=0.0)
-        return _Delta(found, floor, floors, excluded)
-
-    @property
-    def exact(self) -> bool:
-        """Tell whether sign-like optimizers are judged end to end."""
-        return self.context.dtype is torch.float64
-
-    def own_failures(self, own: _Delta) -> list[str]:
-        """Judge the own-gradient step at 64 u + floor."""
-        return ["own gradient: " + said for said in self._beyond(own, FACTOR * self.u)]
-
-    def end_to_end_failures(self, delta: _Delta) -> list[str]:
-        """Judge the end-to-end delta at `end_to_end_limit`."""
-        limit = self.end_to_end_limit(delta)
-        if self.context.dtype not in SCALE_LIMIT:
-            return self._beyond(delta, limit - delta.floor)
-        if delta.found.error is None:
-            return ["not finite"]
-        off = delta.found.error if delta.found.excess is None else abs(delta.found.excess)
-        return [f"|scale - 1| {off:.3g} > {limit:.3g}"] if off > limit else []
-
-    def end_to_end_limit(self, delta: _Delta) -> float:
-        """Give the limit the row prints."""
-        if self.exact:
-            return FACTOR * self.u + delta.floor
-        return threshold(self.context.dtype) + FACTOR * self.u + delta.floor
-
-    @staticmethod
-    def _beyond(delta: _Delta, limit: float) -> list[str]:
-        found = delta.found
-        if found.error is None:
-            return ["not finite"]
-        said = []
-        if found.error > limit + delta.floor:
-            said.append(f"error {found.error:.3g} > {limit + delta.floor:.3g}")
-        if delta.expert_floors is not None:
-            said += _expert_failures(found, delta.expert_floors + limit)
-        return said
-
-    def row(
-        self,
-        name: str,
-        end_to_end: _Delta,
-        own_step: _Delta,
-        truth: ReferenceOptimizer,
-        expected: Tensor,
-        leak: Any,
-    ) -> Row:
-        """Build the tensor's row from both comparisons."""
-        through = truth.linear or (self.exact and name not in self.structural_zero)
-        judged = end_to_end if through else own_step
-        own_failures = self.own_failures(own_step)
-        failures = [*(self.end_to_end_failures(end_to_end) if through else ()), *own_failures]
-        limit = self.end_to_end_limit(judged) if through else FACTOR * self.u + judged.floor
-        leaked = leak() if failures and not own_failures else None
-        verdict = _verdict(failures, leaked)
-        if verdict == "pass" and judged.floor > RESOLUTION:
-            verdict, failures = "skipped", ["below resolution"]
-        return _row(
-            self.context, "update", self.placements[name].family, name, judged.found, limit,
-            verdict, _worst(judged.found.worst_index, name, self.placements, self.layout, expected),
-            failures, self._detail(through, judged, end_to_end, own_step, leaked),
-        )  # fmt: skip
-
-    def _detail(
-        self, through: bool, judged: _Delta, end_to_end: _Delta, own_step: _Delta, leak: str | None
-    ) -> dict[str, Any]:
-        excluded = judged.excluded
-        found = end_to_end.found
-        detail: dict[str, Any] = {
-            "judged": "end_to_end" if through else "own_gradient",
-            "floor": judged.floor,
-            "excluded": 0 if excluded is None else int(excluded.sum()),
-            "end_to_end_ratio": found.ratio,
-            "end_to_end_scale": found.scale,
-            "end_to_end_error": found.error,
-            "own_scale": own_step.found.scale,
-            "own_error": own_step.found.error,
-            "own_threshold": FACTOR * self.u + own_step.floor,
-        }
-        if excluded is not None:
-            detail["excluded_at"] = excluded.nonzero()[:8].tolist()
-        if end_to_end.excluded is not None and not through:
-            detail["end_to_end_excluded"] = int(end_to_end.excluded.sum())
-        if leak:
-            detail["leak"] = leak
-        return detail
-
-
 # ---------------------------------------------------------------- rows
 
 
-def _verdict(failures: Sequence[str], leak: str | None = None) -> str:
+def verdict_of(failures: Sequence[str], leak: str | None = None) -> str:
+    """Give pass, fail or, where what fails looks like round-off of a low dtype, leak."""
     if not failures:
         return "pass"
     return "leak" if leak else "fail"
@@ -1017,20 +606,21 @@ def _place(rank: int, index: Sequence[int], placement: Placement) -> dict[str, i
     return {"rank": rank, "expert": None, "row": index[0] if index else None}
 
 
-def _worst(
+def worst_of(
     index: tuple[int, ...] | None,
     name: str,
     placements: Mapping[str, Placement],
     layout: Layout,
     full: Tensor,
 ) -> dict[str, int | None] | None:
+    """Say where the worst entry of a full tensor stands; None where all entries are equal."""
     if index is None:
         return None
     placement = placements[name]
     return _place(owner(layout, placement, full.shape, index), index, placement)
 
 
-def _row(
+def make_row(
     context: RowContext,
     quantity: str,
     family: str | None,
@@ -1042,6 +632,7 @@ def _row(
     failures: Sequence[str],
     detail: dict[str, Any] | None,
 ) -> Row:
+    """Make a row out of metrics, limit and verdict."""
     return Row(
         case=context.case,
         implementation=context.implementation,

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from parity import batches, compare, models, reference
+from parity import batches, compare, models, reference, update
 from parity.case import Case
 from parity.collect import Assembled, agree, assemble
 from parity.compare import RowContext
@@ -243,9 +243,9 @@ class Judge:
             for kind, tensors in (("gradient", step.gradients), ("parameter", step.after)):
                 rows += compare.replica_rows(about, tensors, placements, layout, kind)  # type: ignore[arg-type]
             rows += compare.grad_norm_rows(about, step.norms, truth.norm)
-            rows += compare.update_rows(
+            rows += update.update_rows(
                 about,
-                compare.OptimizerStep(
+                update.OptimizerStep(
                     step.before, step.after, step.gradients, truth.gradients, setting.clip
                 ),
                 true_optimizer,

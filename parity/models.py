@@ -201,13 +201,16 @@ class Tiny(nn.Module):
         return [block for block in self.layers if isinstance(block, Block)]
 
 
-def build(spec: cases.Model, seed: int, *, idle_expert: bool) -> Tiny:
-    """Make a float64 model whose weights depend on the spec and the seed alone.
+def build(spec: cases.Model, seed: int, *, idle_expert: bool, ties: bool = False) -> Tiny:
+    """Make a float64 model whose weights depend on the arguments alone.
 
     With idle_expert every token embedding shares one direction that survives the norms; all router
     rows are orthogonal to it except the last expert's, which points against it: none chooses it.
     Queries and keys do not see the direction: a part of the attention logits that is common to all
     tokens cancels in softmax and leaves round-off (23 u where 13 u are had without it).
+
+    With ties the logits of each group of three experts are twice one and the same entry of the
+    router's input: equal in any dtype and any order of summation, as adding zeros is exact.
     """
     generator = torch.Generator().manual_seed(seed)
     model = Tiny(spec).double()
@@ -215,8 +218,10 @@ def build(spec: cases.Model, seed: int, *, idle_expert: bool) -> Tiny:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(_initial(name, noise))
+        if ties:
+            _tie_experts(model)
         if idle_expert:
-            _make_last_expert_idle(model, generator)
+            _make_last_expert_idle(model, generator, ties)
     return model
 
 
@@ -231,10 +236,21 @@ def _initial(name: str, noise: Tensor) -> Tensor:
     return gain * noise / math.sqrt(noise.shape[-1])
 
 
-def _make_last_expert_idle(model: Tiny, generator: torch.Generator) -> None:
+def _tie_experts(model: Tiny) -> None:
+    """Let experts 3j, 3j + 1, 3j + 2 read entry j of the router's input and nothing else."""
+    group = torch.arange(model.spec.experts) // cases.TIED
+    for layer in moe_layers(model):
+        layer.router.weight.copy_(2.0 * F.one_hot(group, model.spec.hidden))
+        if layer.router.bias is not None:
+            layer.router.bias.copy_(layer.router.bias[group * cases.TIED])
+
+
+def _make_last_expert_idle(model: Tiny, generator: torch.Generator, ties: bool) -> None:
     hidden = model.spec.hidden
     common = torch.randn(hidden, generator=generator, dtype=torch.float64)
-    common = common - common.mean()
+    if ties:  # entries the router reads stay free of the direction
+        common[: -(-model.spec.experts // cases.TIED)] = 0.0
+    common = torch.where(common == 0.0, 0.0, common - common.sum() / (common != 0.0).sum())
     unit = common / common.norm()
     model.embedding.weight.add_(math.sqrt(hidden) * unit)
     for block in model.blocks():

@@ -26,7 +26,8 @@ class Evaluation:
     """Truth of one step: objective, full gradients, routing and how safe the routing is.
 
     gradients: full logical name -> float64. routing: [dp rank][micro-batch][layer] -> (T, K).
-    margin: smallest gap between the last chosen and the first refused logit of any token.
+    margin: smallest gap between the last chosen and the first refused logit of any token; exact
+    ties of a case that declares them are no gap.
     """
 
     loss: float
@@ -100,7 +101,8 @@ def _shares(
             routing[r].append([layer.indices_TK for layer in layers])
             for index, layer in enumerate(layers):
                 logits_by_layer[index].append(layer.logits_TE)
-                margin = min(margin, selection_margin(layer.logits_TE, layer.spec.top_k))
+                gap = selection_margin(layer.logits_TE, layer.spec.top_k, case.data.ties)
+                margin = min(margin, gap)
                 layer.forced_TK = None
         chosen = [[routing[r][m][i] for r in range(dp)] for i in range(len(logits_by_layer))]
         for logits, picks in zip(logits_by_layer, chosen, strict=True):
@@ -108,12 +110,22 @@ def _shares(
     return _Shares(total, routing, margin)
 
 
-def selection_margin(logits_TE: Tensor, top_k: int) -> float:
-    """Give the smallest gap between the k-th and the (k+1)-th logit over all tokens."""
+def selection_margin(logits_TE: Tensor, top_k: int, ties: bool = False) -> float:
+    """Give the smallest gap between the k-th and the (k+1)-th logit over all tokens.
+
+    With ties a difference of exactly zero is no gap: what counts is how far the tied groups down to
+    the one that is cut are from one another and from the next.
+    """
     if top_k >= logits_TE.shape[-1]:
         return float("inf")
     ordered = logits_TE.detach().sort(dim=-1, descending=True).values
-    return float((ordered[:, top_k - 1] - ordered[:, top_k]).min())
+    gaps = ordered[:, :-1] - ordered[:, 1:]
+    if not ties:
+        return float(gaps[:, top_k - 1].min())
+    apart = gaps > 0.0
+    before_TE = apart[:, top_k - 1 :].cumsum(-1) - apart[:, top_k - 1 :].int()
+    counts = torch.cat([apart[:, : top_k - 1], apart[:, top_k - 1 :] & (before_TE == 0)], dim=-1)
+    return float(gaps.masked_fill(~counts, float("inf")).min())
 
 
 def auxiliary_loss(

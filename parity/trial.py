@@ -21,6 +21,7 @@ from parity.implementation import (
     Implementation,
     Placement,
     RankContext,
+    Refusal,
     Shard,
     find,
 )
@@ -85,7 +86,9 @@ def run(runtime: Any, order: Order) -> RankResult:
     implementation = find(order.implementation)()
     for fault in order.planted:
         _plant(implementation, fault)
-    model = models.build(case.model, order.seed, idle_expert=case.data.idle_expert)
+    model = models.build(
+        case.model, order.seed, idle_expert=case.data.idle_expert, ties=case.data.ties
+    )
     implementation.build(model.to(device=runtime.device, dtype=dtype), config(order), context)
     record = implementation.taps(order.taps) if order.taps else {}  # type: ignore[attr-defined]
     steps = [_step(implementation, order, step, context) for step in range(1, case.steps + 1)]
@@ -121,8 +124,13 @@ def _step(
         for batch in drawn
     ]
     if order.replay is not None:
-        forced = [[torch.as_tensor(t) for t in layers] for layers in order.replay[step - 1][at.dp]]
-        implementation.replay(forced)  # type: ignore[attr-defined]
+        if not hasattr(implementation, "replay"):
+            raise Refusal("the implementation cannot replay a routing, which low precision needs")
+        forced = [
+            [torch.as_tensor(t, device=context.device) for t in layers]
+            for layers in order.replay[step - 1][at.dp]
+        ]
+        implementation.replay(forced)
     before = _arrays(implementation.parameters())
     losses = implementation.step(fed)
     return StepResult(

@@ -20,7 +20,7 @@ from parity.implementation import Batch
 class MicroBatch:
     """Tokens of one dp rank in one micro-batch, with the probe of every lane.
 
-    input_ids, labels: (B, S) int64; probes: (tp, layers, B, S, H) in the case's dtype, or None.
+    input_ids, labels: (B, S) int64; probes: (tp, layers + 1, B, S, H) in the case's dtype, or None.
     """
 
     input_ids: Tensor
@@ -69,7 +69,7 @@ def _draw(case: Case, length: int, scale: float, generator: torch.Generator) -> 
     tokens = torch.randint(case.model.vocab, (2, *shape), generator=generator)
     probes = None
     if case.data.lane_varying:
-        size = (case.shape.tp, case.model.layers, *shape, case.model.hidden)
+        size = (case.shape.tp, case.model.layers + 1, *shape, case.model.hidden)
         noise = torch.randn(size, generator=generator, dtype=torch.float64)
         probes = (0.1 * noise).to(getattr(torch, case.engine.dtype))
     return MicroBatch(tokens[0], tokens[1], scale, probes)

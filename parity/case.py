@@ -31,7 +31,7 @@ else:  # pragma: no cover - the same parser under its older name
 
 DEFAULT_SUITE = "seed"
 TIED = 3
-"""Experts in a group of exact ties: one, two or four chosen experts always cut one of the groups."""
+"""Experts in a group of exact ties: one, two or four chosen experts always cut a group."""
 
 Positive = Annotated[int, Field(ge=1)]
 Coefficient = Annotated[float, Field(ge=0.0)]
@@ -54,9 +54,9 @@ class Shape(Part):
 
 
 class Model(Part):
-    """The small transformer of `parity.models`; a block is attention, dense MLP and MoE."""
+    """A small transformer: `tiny` of `parity.models`, or one of Hugging Face from a tiny config."""
 
-    name: Literal["tiny"] = "tiny"
+    name: Literal["tiny", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"] = "tiny"
     layers: Positive = 2
     hidden: Annotated[int, Field(ge=48)] = 48
     heads: Positive = 12
@@ -370,6 +370,37 @@ def _model_problems(model: Model, idle_expert: bool) -> Iterator[_Problem]:
         yield _Problem("model.top_k", model.top_k, problem, f"1 to {choosable}")
 
 
+def _hugging_face_problems(case: Case) -> Iterator[_Problem]:
+    """Find what a model of transformers does not offer."""
+    name = case.model.name
+    if name == "tiny":
+        return
+    fixed: list[tuple[str, object, object]] = [
+        ("model.biases", case.model.biases, False),
+        ("model.shared_width", case.model.shared_width, 0),
+        ("model.score", case.model.score, "softmax"),
+        ("data.lane_varying", case.data.lane_varying, False),
+        ("data.ties", case.data.ties, False),
+        ("auxiliary.z_loss", case.auxiliary.z_loss, 0.0),
+        ("auxiliary.scope", case.auxiliary.scope, "rank"),
+    ]
+    if name.startswith("deepseek"):
+        fixed.append(("auxiliary.load_balance", case.auxiliary.load_balance, 0.0))
+        groups = [n for n in range(4, case.model.experts + 5) if n % 4 == 0]
+        if case.model.experts % 4:
+            problem = "the experts are chosen from 4 groups"
+            yield _Problem("model.experts", case.model.experts, problem, groups)
+    if name != "mixtral" and case.model.layers < 2:
+        problem = "the first block is dense"
+        yield _Problem("model.layers", case.model.layers, problem, "2 or more")
+    for key, value, only in fixed:
+        if value != only:
+            yield _Problem(key, value, f"model {name} has its own", [only])
+    if case.engine.dtype in ("bfloat16", "float16"):
+        problem = f"the gate of {name} cannot replay a routing"
+        yield _Problem("engine.dtype", case.engine.dtype, problem, ["float64", "float32"])
+
+
 def _engine_problems(case: Case) -> Iterator[_Problem]:
     """Find engine options that cannot work together."""
     engine = case.engine
@@ -403,6 +434,7 @@ def check(case: Case) -> None:
     problems = itertools.chain(
         _model_problems(case.model, case.data.idle_expert),
         _tie_problems(case),
+        _hugging_face_problems(case),
         _tiling_problems(case.shape, case.model),
         _engine_problems(case),
     )

@@ -7,10 +7,11 @@ reduction and *before* clipping, each rank handing over its own shard under the 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -137,13 +138,19 @@ class Refusal(Exception):  # noqa: N818 - a verdict of the implementation, not a
 ENTRY_POINT_GROUP = "parity.implementations"
 
 
+@functools.cache
+def _registered() -> dict[str, EntryPoint]:
+    """Read the metadata of all installed packages once: 10 ms, in every rank of every case."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
 def find(name: str) -> Callable[[], Implementation]:
     """Find what makes an implementation: a name of the entry-point group, or `module:attr`.
 
     Raises:
         UsageError: no such name, module or attribute, or a member of the Protocol is missing.
     """
-    known = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    known = _registered()
     if name in known:
         made = known[name].load()
     elif ":" in name:

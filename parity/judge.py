@@ -7,14 +7,15 @@ after the first the truth is evaluated at the engine's *own* weights before that
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parity import batches, compare, models, reference, update
 from parity.case import Case
@@ -25,7 +26,7 @@ from parity.failure import Refused
 from parity.implementation import Placement
 from parity.layout import Layout
 from parity.optimizers import ReferenceOptimizer
-from parity.store import Row, engine_of, shape_of
+from parity.store import FAILING, Row, engine_of, shape_of
 from parity.trial import Order, Planted, RankResult
 
 MAX_DRAWS = 12
@@ -36,6 +37,10 @@ LOGIT_ERROR_U = 4.0
 """Logit error in unit round-offs of a logit of size 1 (worst seen 3.1 in float32, 2 layers)."""
 STEP_SIZE = 0.125
 """Largest |lr g| / |w| over tensors: large enough to see, small enough to stay a training step."""
+
+
+Replay = Sequence[Sequence[Sequence[Sequence[Any]]]]
+"""[step][dp rank][micro-batch][layer] -> (T, K) int64 NumPy array."""
 
 
 class Pool(Protocol):
@@ -83,6 +88,18 @@ class Setting:
     seed: int
     lr: float
     clip: float
+    replay: Replay | None = field(default=None, repr=False)
+    """Experts to force: in low precision a token near a tie would flip."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the rows of one case were made of."""
+
+    case: Case
+    folded: Run
+    baseline: Run
+    truths: list[reference.Evaluation]
 
 
 class _UnsafeRoutingError(Exception):
@@ -90,7 +107,12 @@ class _UnsafeRoutingError(Exception):
 
 
 class Judge:
-    """Judges one implementation case after case; caches truths and baselines in between."""
+    """Judges one implementation case after case; caches truths and baselines in between.
+
+    Attributes:
+        planted: faults of the folded run; the baseline is never planted, so it may be cached.
+        last: what the rows of the last case were made of.
+    """
 
     def __init__(
         self,
@@ -102,8 +124,15 @@ class Judge:
     ) -> None:
         self.implementation, self.pool, self.device = implementation, pool, device
         self.planted = planted
+        self.last: Comparison | None = None
         self._truths: dict[str, reference.Evaluation] = {}
         self._baselines: dict[str, tuple[Run, list[reference.Evaluation]]] = {}
+
+    def with_planted(self, *planted: Planted) -> Judge:
+        """Give a judge of the same implementation with other faults, sharing every cache."""
+        other = copy.copy(self)
+        other.planted = planted
+        return other
 
     def rows(self, case: Case) -> list[Row]:
         """Run and compare one case.
@@ -125,7 +154,7 @@ class Judge:
         return rows
 
     def _drawn(self, case: Case) -> tuple[list[Row], int]:
-        """Draw seeds until no token is near a tie; an implementation cannot make a draw unsafe."""
+        """Draw seeds until no token is near a tie."""
         for draw in range(MAX_DRAWS):
             try:
                 return self._compared(case, case.seed + 1000 * draw), draw + 1
@@ -138,66 +167,108 @@ class Judge:
 
     def _compared(self, case: Case, seed: int) -> list[Row]:
         layout = case.layout
-        model = models.build(case.model, seed, idle_expert=case.data.idle_expert)
+        model = models.build_for(case, seed)
         weights = self._initial(case, model)
         first = self._truth(case, model, weights, 1, seed)
-        setting = _setting(case, seed, weights, first)
+        setting = replace(
+            _setting(case, seed, weights, first),
+            replay=self._replay(case, model, weights, first, seed),
+        )
         baseline, baseline_truths = self._baseline(case, model, weights, setting)
-        folded = self._run(case, layout, setting)
-        truths = self._truths_of(case, model, weights, folded, seed)
+        folded = self._run(case, layout, setting, self.planted)
+        truths = self._truths_of(case, model, weights, folded, setting)
+        self.last = Comparison(case, folded, baseline, truths)
         rows = self._rows_of(case, folded, truths, setting)
         rows += self._against_baseline(case, folded, baseline)
         rows += self._rows_of(case, baseline, baseline_truths, setting)
+        unjudged = min(len(truths), len(baseline_truths)) < case.steps
+        if unjudged and not any(row.verdict in FAILING for row in rows):
+            raise _UnsafeRoutingError
         return rows
 
-    def _initial(self, case: Case, model: models.Tiny) -> dict[str, Tensor]:
+    def _replay(
+        self,
+        case: Case,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        first: reference.Evaluation,
+        seed: int,
+    ) -> Replay | None:
+        """Fix the routing of every step in low precision: what float64 chooses at the start."""
+        if not _is_low(case):
+            return None
+        routings = [first.routing]
+        for step in range(2, case.steps + 1):
+            routings.append(self._truth(case, model, weights, step, seed).routing)
+        return [[[[t.numpy() for t in m] for m in rank] for rank in each] for each in routings]
+
+    def _initial(self, case: Case, model: nn.Module) -> dict[str, Tensor]:
         """Round the weights to the case's dtype, as the implementation gets them."""
         dtype = getattr(torch, case.engine.dtype)
         return {n: p.detach().to(dtype).double() for n, p in model.named_parameters()}
 
     def _truth(
-        self, case: Case, model: models.Tiny, weights: Mapping[str, Tensor], step: int, seed: int
+        self,
+        case: Case,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        step: int,
+        seed: int,
+        replay: Replay | None = None,
     ) -> reference.Evaluation:
         """Evaluate the reference; the first step's is shared by cases that differ elsewhere.
 
         Raises:
-            _UnsafeRoutingError: the selection margin is below GUARD logit errors.
+            _UnsafeRoutingError: the selection margin is below GUARD logit errors, and the routing
+                is not replayed.
         """
         key = f"{_data_key(case)}|{seed}|{step}"
         truth = self._truths.get(key) if step == 1 else None
         if truth is None:
             drawn = batches.make(case, case.layout.dp, step, seed)
-            truth = reference.evaluate(case, model, weights, drawn)
+            truth = reference.evaluate(case, model, weights, drawn, _of_step(replay, step))
             if step == 1:
                 self._truths[key] = truth
         unit = compare.UNIT_ROUNDOFF[getattr(torch, case.engine.dtype)]
-        if truth.margin < GUARD * LOGIT_ERROR_U * unit:
+        if not _is_low(case) and truth.margin < GUARD * LOGIT_ERROR_U * unit:
             raise _UnsafeRoutingError
         return truth
 
     def _truths_of(
         self,
         case: Case,
-        model: models.Tiny,
+        model: nn.Module,
         weights: Mapping[str, Tensor],
         run: Run,
-        seed: int,
+        setting: Setting,
     ) -> list[reference.Evaluation]:
-        truths = []
+        """Evaluate the reference at the run's own weights before each step.
+
+        Stops before a step whose routing is not safe: the weights there are the run's own, and a
+        faulty run must not be drawn again for ever.
+        """
+        truths: list[reference.Evaluation] = []
+        seed, replay = setting.seed, setting.replay
         for index, step in enumerate(run.steps):
             own = {n: t.double() for n, t in step.before.filled.items()}
             at_start = index == 0 and all(torch.equal(own[n], weights[n]) for n in weights)
-            if at_start or index > 0:
-                truths.append(self._truth(case, model, own, index + 1, seed))
+            if at_start:
+                truths.append(self._truth(case, model, own, 1, seed))
+            elif index > 0:
+                try:
+                    truths.append(self._truth(case, model, own, index + 1, seed, replay))
+                except _UnsafeRoutingError:
+                    break
             else:  # the implementation changed the weights it was given: its own truth, uncached
                 drawn = batches.make(case, run.layout.dp, 1, seed)
-                truths.append(reference.evaluate(case, model, own, drawn))
+                forced = _of_step(replay, 1)
+                truths.append(reference.evaluate(case, model, own, drawn, forced))
         return truths
 
     def _baseline(
         self,
         case: Case,
-        model: models.Tiny,
+        model: nn.Module,
         weights: Mapping[str, Tensor],
         setting: Setting,
     ) -> tuple[Run, list[reference.Evaluation]]:
@@ -206,14 +277,16 @@ class Judge:
         key = f"{_data_key(case)}|{parts}"
         if key not in self._baselines:
             run = self._run(case, plain, setting)
-            truths = self._truths_of(case, model, weights, run, setting.seed)
+            truths = self._truths_of(case, model, weights, run, setting)
             self._baselines[key] = run, truths
         return self._baselines[key]
 
-    def _run(self, case: Case, layout: Layout, setting: Setting) -> Run:
+    def _run(
+        self, case: Case, layout: Layout, setting: Setting, planted: tuple[Planted, ...] = ()
+    ) -> Run:
         order = Order(
             case, self.implementation, layout, setting.seed, setting.lr, setting.clip,
-            planted=self.planted,
+            replay=setting.replay, planted=planted,
         )  # fmt: skip
         if case.engine.backend == "threads":
             results = self.pool.run(1, "parity.threads:run", [order], case.deadline_s)[0]
@@ -233,7 +306,7 @@ class Judge:
         true_optimizer = ReferenceOptimizer(case.optimizer, setting.lr)
         own_optimizer = ReferenceOptimizer(case.optimizer, setting.lr)
         rows: list[Row] = []
-        for number, (step, truth) in enumerate(zip(run.steps, truths, strict=True), start=1):
+        for number, (step, truth) in enumerate(zip(run.steps, truths, strict=False), start=1):
             about = self._context(case, layout, "reference", number)
             rows += compare.routing_rows(about, step.routing, truth.routing, layout, names)
             rows += compare.loss_rows(about, step.loss, truth.loss)
@@ -286,6 +359,17 @@ def _shape(case: Case, layout: Layout) -> Any:
     return case.shape.model_copy(update=sizes)
 
 
+def _is_low(case: Case) -> bool:
+    """Tell whether the dtype is too coarse for a routing of its own: it is replayed."""
+    return getattr(torch, case.engine.dtype) in compare.SCALE_LIMIT
+
+
+def _of_step(replay: Replay | None, step: int) -> list[list[list[Tensor]]] | None:
+    if replay is None:
+        return None
+    return [[[torch.as_tensor(t) for t in m] for m in rank] for rank in replay[step - 1]]
+
+
 def _data_key(case: Case) -> str:
     """Say everything the reference's first step depends on, but the seed."""
     lanes = case.shape.tp if case.data.lane_varying else None
@@ -299,13 +383,14 @@ def _setting(
     """Choose clipping limit and learning rate from the reference.
 
     Linear optimizers: lr so that the largest |lr g| / |w| over tensors is STEP_SIZE after
-    clipping. Sign-like ones move every entry by about lr: STEP_SIZE of the smallest rms of a
-    tensor. A delta far below |w| is lost in the rounding of w, one far above is no training step.
+    clipping. Sign-like ones move every entry by about lr, Adam by |g| / (|g| + eps) of it:
+    STEP_SIZE of the smallest rms of a tensor. A delta far below |w| is lost in the rounding of w,
+    one far above is no training step.
     """
     clip = float(f"{case.engine.clip * truth.norm:.3g}")
     lr = case.optimizer.lr
+    kept = min(1.0, clip / truth.norm) if clip else 1.0
     if lr is None and case.optimizer.name in ("sgd", "momentum"):
-        kept = min(1.0, clip / truth.norm) if clip else 1.0
         sizes = [
             float(weights[n].norm() / g.norm())
             for n, g in truth.gradients.items()
@@ -313,10 +398,16 @@ def _setting(
         ]
         lr = STEP_SIZE * min(sizes) / kept
     elif lr is None:
-        rms = [float(w.norm()) / math.sqrt(w.numel()) for w in weights.values()]
-        lr = STEP_SIZE * min(r for r in rms if r > 0)
+        rms = [r for w in weights.values() if (r := _rms(w)) > 0]
+        largest = max(map(_rms, truth.gradients.values())) * kept
+        eps = case.optimizer.eps if case.optimizer.name in ("adam", "adamw") else 0.0
+        lr = STEP_SIZE * min(rms) * (1.0 + eps / largest)
     assert lr is not None
     return Setting(seed, float(f"{lr:.3g}"), clip)
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.norm()) / math.sqrt(tensor.numel())
 
 
 def rebuild(case: Case, layout: Layout, results: Sequence[RankResult]) -> Run:

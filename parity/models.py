@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from parity import case as cases
-from parity.implementation import Family
+from parity import hugging_face
+from parity.hugging_face import Gate, HuggingFace
 
 
 class Router(nn.Module):
@@ -183,7 +184,8 @@ class Tiny(nn.Module):
             input_ids: (B, S) int64.
             labels: (B, S) int64.
             loss_scale: factor on the summed token losses and on the probe.
-            probe: (layers, B, S, H), this lane's linear probe of every MoE output, or None.
+            probe: (layers + 1, B, S, H), this lane's linear probe of every MoE output and, through
+                the final norm alone, of the norm's output; or None.
         """
         x_BSH = self.embedding(input_ids)
         loss = x_BSH.new_zeros(())
@@ -191,6 +193,8 @@ class Tiny(nn.Module):
             x_BSH, moe_BSH = block(x_BSH)
             if probe is not None:
                 loss = loss + (probe[index] * moe_BSH).sum()
+        if probe is not None:  # a replicated norm whose gradient differs from lane to lane
+            loss = loss + (probe[len(self.layers)] * self.norm(x_BSH.detach())).sum()
         logits = self.head(self.norm(x_BSH))
         loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         total: Tensor = loss * loss_scale + sum(block.moe.auxiliary for block in self.blocks())
@@ -259,33 +263,33 @@ def _make_last_expert_idle(model: Tiny, generator: torch.Generator, ties: bool) 
         block.moe.router.weight[-1] = -2.0 * unit
 
 
+def build_for(case: cases.Case, seed: int) -> Tiny | HuggingFace:
+    """Make the model of a case in float64."""
+    if case.model.name == "tiny":
+        data = case.data
+        return build(case.model, seed, idle_expert=data.idle_expert, ties=data.ties)
+    return hugging_face.build(
+        case.model,
+        seed,
+        idle_expert=case.data.idle_expert,
+        load_balance=case.auxiliary.load_balance,
+    )
+
+
 def moe_layers(model: nn.Module) -> list[MoE]:
     """List the naive MoE layers in forward order."""
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def force_routing(model: nn.Module, routing: Sequence[Tensor]) -> None:
+def gates(model: nn.Module) -> Sequence[MoE | Gate]:
+    """List, in forward order, what remembers logits and choice of each MoE layer."""
+    return model.gates if isinstance(model, HuggingFace) else moe_layers(model)
+
+
+def force_routing(model: nn.Module, routing: Sequence[Tensor | None]) -> None:
     """Make every MoE layer use the given (T, K) indices instead of its own choice."""
     for layer, indices_TK in zip(moe_layers(model), routing, strict=True):
         layer.forced_TK = indices_TK
-
-
-def family_of(name: str) -> Family:
-    """Name the family of a parameter of the tiny model."""
-    for part, family in _FAMILY_BY_PART:
-        if part in name:
-            return family
-    return "dense"
-
-
-_FAMILY_BY_PART: tuple[tuple[str, Family], ...] = (
-    ("norm", "layernorm"),
-    ("moe.router", "router"),
-    ("moe.experts", "expert"),
-    ("moe.shared", "shared_expert"),
-    ("attention", "attention"),
-    ("embedding", "embedding"),
-)
 
 
 def preset(spec: cases.Model) -> dict[str, Any]:
@@ -316,6 +320,11 @@ def structural_zeros(spec: cases.Model, auxiliary: cases.Auxiliary) -> frozenset
     the router.
     """
     names = []
+    if spec.name != "tiny":
+        alone = spec.top_k == 1 and (spec.normalize or spec.name == "mixtral")
+        if alone and auxiliary == cases.Auxiliary() and not spec.name.startswith("deepseek"):
+            names = [f"{name}.gate.weight" for name in hugging_face.moe_names(spec)]
+        return frozenset(names)
     for layer in range(spec.layers):
         if spec.biases:
             names.append(f"layers.{layer}.attention.k.bias")
@@ -328,4 +337,6 @@ def structural_zeros(spec: cases.Model, auxiliary: cases.Auxiliary) -> frozenset
 
 def moe_names(spec: cases.Model) -> list[str]:
     """Name the MoE layers in forward order."""
+    if spec.name != "tiny":
+        return hugging_face.moe_names(spec)
     return [f"layers.{layer}.moe" for layer in range(spec.layers)]

@@ -8,6 +8,7 @@ ranks and micro-batches of the micro-batch losses, whose loss_scale already carr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from parity import batches as data
 from parity import models
 from parity.case import Auxiliary, Case
+from parity.hugging_face import Gate, lifted
 
 DTYPE = torch.float64
 
@@ -43,7 +45,7 @@ class Evaluation:
 
 def evaluate(
     case: Case,
-    model: models.Tiny,
+    model: nn.Module,
     weights: Mapping[str, Tensor],
     batches: data.StepBatches,
     replay: Sequence[Sequence[Sequence[Tensor]]] | None = None,
@@ -58,7 +60,8 @@ def evaluate(
         replay: routing to force, in the form of `Evaluation.routing`.
     """
     leaves = {name: w.detach().to(DTYPE).requires_grad_() for name, w in weights.items()}
-    shares = _shares(case, model, leaves, batches, replay)
+    with lifted() if case.model.name != "tiny" else nullcontext():
+        shares = _shares(case, model, leaves, batches, replay)
     objective = shares.objective
     gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
     return Evaluation(
@@ -91,23 +94,30 @@ def _shares(
     routing: list[list[list[Tensor]]] = [[] for _ in range(dp)]
     margin = float("inf")
     for m in range(gas):
-        logits_by_layer: list[list[Tensor]] = [[] for _ in models.moe_layers(model)]
+        logits_by_layer: list[list[Tensor]] = [[] for _ in models.gates(model)]
         for r in range(dp):
             if replay is not None:
                 models.force_routing(model, replay[r][m])
             loss = functional_call(model, dict(leaves), (), dict(batches[r][m].for_mean(DTYPE)))
             total = total + loss / (dp * gas)
-            layers = models.moe_layers(model)
+            layers = models.gates(model)
             routing[r].append([layer.indices_TK for layer in layers])
             for index, layer in enumerate(layers):
                 logits_by_layer[index].append(layer.logits_TE)
-                gap = selection_margin(layer.logits_TE, layer.spec.top_k, case.data.ties)
-                margin = min(margin, gap)
-                layer.forced_TK = None
+                margin = min(margin, _margin(layer, case.data.ties))
+            models.force_routing(model, [None] * len(models.moe_layers(model)))
         chosen = [[routing[r][m][i] for r in range(dp)] for i in range(len(logits_by_layer))]
+        if case.model.name != "tiny":
+            continue  # its loss holds its own auxiliary loss
         for logits, picks in zip(logits_by_layer, chosen, strict=True):
             total = total + auxiliary_loss(case.auxiliary, case.model.score, logits, picks) / gas
     return _Shares(total, routing, margin)
+
+
+def _margin(layer: models.MoE | Gate, ties: bool) -> float:
+    if isinstance(layer, Gate):
+        return layer.margin()
+    return selection_margin(layer.logits_TE, layer.spec.top_k, ties)
 
 
 def selection_margin(logits_TE: Tensor, top_k: int, ties: bool = False) -> float:
@@ -156,3 +166,77 @@ def auxiliary_loss(
         z = logits_TE.logsumexp(-1).square().mean()
         losses.append(spec.load_balance * balance + spec.z_loss * z)
     return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What each (dp rank, micro-batch) contributes to some gradients: [dp rank][micro-batch].
+
+    main: gradient of its loss's part of the objective, auxiliary losses left out; name -> float64.
+    auxiliary: scope -> the same for the auxiliary losses through its logits; empty without any.
+    tokens: how many tokens it has. Main and the case's own scope add up to the whole gradient.
+    """
+
+    main: list[list[dict[str, Tensor]]]
+    auxiliary: dict[str, list[list[dict[str, Tensor]]]]
+    tokens: list[list[int]]
+
+
+def shares(
+    case: Case,
+    model: models.Tiny,
+    weights: Mapping[str, Tensor],
+    batches: data.StepBatches,
+    names: Sequence[str],
+) -> Shares:
+    """Split the true gradients of some tensors over (dp rank, micro-batch).
+
+    Args:
+        case: the case, for its auxiliary losses.
+        model: structure; its own weights are not used.
+        weights: full logical name -> any float dtype.
+        batches: [dp rank][micro-batch].
+        names: tensors whose gradients are split.
+    """
+    leaves = {name: w.detach().to(DTYPE).requires_grad_() for name, w in weights.items()}
+    dp, gas = len(batches), len(batches[0])
+    active = case.auxiliary.load_balance > 0 or case.auxiliary.z_loss > 0
+    scopes = ("rank", "global") if active else ()
+    main: list[list[dict[str, Tensor]]] = [[] for _ in range(dp)]
+    auxiliary = {scope: [[] for _ in range(dp)] for scope in scopes}  # type: ignore[var-annotated]
+    for m in range(gas):
+        logits: list[list[Tensor]] = []
+        picks: list[list[Tensor]] = []
+        for r in range(dp):
+            loss = functional_call(model, dict(leaves), (), dict(batches[r][m].for_mean(DTYPE)))
+            main[r].append(_split(loss / (dp * gas), leaves, names))
+            layers = models.moe_layers(model)
+            logits.append([layer.logits_TE for layer in layers])
+            picks.append([layer.indices_TK for layer in layers])
+        for scope in scopes:
+            spec = case.auxiliary.model_copy(update={"scope": scope})
+            for r in range(dp):
+                loss = sum(
+                    auxiliary_loss(
+                        spec,
+                        case.model.score,
+                        [logits[i][n] if i == r else logits[i][n].detach() for i in range(dp)],
+                        [picks[i][n] for i in range(dp)],
+                    )
+                    for n in range(len(logits[0]))
+                )
+                auxiliary[scope][r].append(_split(loss / gas, leaves, names))
+    tokens = [[int(batch.input_ids.numel()) for batch in row] for row in batches]
+    return Shares(main, auxiliary, tokens)
+
+
+def _split(
+    loss: Tensor, leaves: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Differentiate a part of the objective, keeping its graph for the parts that follow."""
+    wanted = [leaves[name] for name in names]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True)
+    return {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for name, leaf, gradient in zip(names, wanted, found, strict=True)
+    }

@@ -34,7 +34,8 @@ class Planted:
 
     point: str
     transform: str
-    """module:attr of a callable (value, **context) -> value."""
+    """module:attr of a callable (value, **options, **context) -> value; of a class, made once per
+    rank and run with the options, where it is one that remembers."""
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -86,9 +87,7 @@ def run(runtime: Any, order: Order) -> RankResult:
     implementation = find(order.implementation)()
     for fault in order.planted:
         _plant(implementation, fault)
-    model = models.build(
-        case.model, order.seed, idle_expert=case.data.idle_expert, ties=case.data.ties
-    )
+    model = models.build_for(case, order.seed)
     implementation.build(model.to(device=runtime.device, dtype=dtype), config(order), context)
     record = implementation.taps(order.taps) if order.taps else {}  # type: ignore[attr-defined]
     steps = [_step(implementation, order, step, context) for step in range(1, case.steps + 1)]
@@ -105,6 +104,9 @@ def _plant(implementation: Implementation, fault: Planted) -> None:
 
     module, _, attribute = fault.transform.partition(":")
     transform = getattr(importlib.import_module(module), attribute)
+    if isinstance(transform, type):
+        implementation.plant(fault.point, transform(**fault.options))  # type: ignore[attr-defined]
+        return
 
     def bound(value: Any, **context: Any) -> Any:
         return transform(value, **fault.options, **context)
@@ -183,12 +185,15 @@ def config(order: Order) -> dict[str, Any]:
         "folding": {
             "engine": engine.name,
             "strategy": engine.strategy,
-            "preset": models.preset(case.model),
             "load_balance_coef": case.auxiliary.load_balance,
             "z_loss_coef": case.auxiliary.z_loss,
             "aux_scope": case.auxiliary.scope,
         },
     }
+    if case.model.name == "tiny":
+        written["folding"]["preset"] = models.preset(case.model)
+    else:
+        written["expert_parallel"]["preset_model"] = case.model.name
     if engine.zero is not None:
         written["zero_optimization"] = {"stage": engine.zero}
     if engine.name == "deepspeed" and engine.dtype in ("bfloat16", "float16"):

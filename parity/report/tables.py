@@ -133,12 +133,12 @@ def margin_lines(rows: Iterable[Row]) -> list[dict[str, Any]]:
     for row in rows:
         if row.verdict == "pass" and row.quantity and row.threshold and row.error is not None:
             key = (row.quantity, str(row.engine.get("dtype")))
-            if key not in nearest or _excess(row) > _excess(nearest[key]):
+            if key not in nearest or excess(row) > excess(nearest[key]):
                 nearest[key] = row
     ordered = sorted(nearest.items(), key=lambda item: (_rank(item[0][0]), item[0][1]))
     return [
         {"quantity": quantity, "dtype": dtype, "error": row.error, "threshold": row.threshold,
-         "used": f"{100 * _excess(row):.0f} %", "tensor": row.tensor or row.family or _NONE,
+         "used": f"{100 * excess(row):.0f} %", "tensor": row.tensor or row.family or _NONE,
          "case": row.case}
         for (quantity, dtype), row in ordered
     ]  # fmt: skip
@@ -149,7 +149,7 @@ def _shape_labels(rows: Sequence[Row]) -> list[str | None]:
     folded: dict[str, dict[str, int]] = {}
     for row in rows:
         known = folded.setdefault(row.case, row.shape)
-        folded[row.case] = max(known, row.shape, key=_folding)
+        folded[row.case] = max(known, row.shape, key=folding)
     labels: list[str | None] = []
     for row in rows:
         label = shape_label(folded[row.case], row.engine)
@@ -160,7 +160,7 @@ def _shape_labels(rows: Sequence[Row]) -> list[str | None]:
     return labels
 
 
-def _folding(shape: Mapping[str, int]) -> tuple[int, int]:
+def folding(shape: Mapping[str, int]) -> tuple[int, int]:
     return shape.get("world", 1), shape.get("tp", 1) * shape.get("ep", 1) * shape.get("etp", 1)
 
 
@@ -195,7 +195,7 @@ def worst_scale(scales: Iterable[float | None]) -> float | None:
     return max((s for s in scales if s is not None and s == s), key=distance, default=None)
 
 
-def _excess(row: Row) -> float:
+def excess(row: Row) -> float:
     """Measure an error in thresholds; what has no error is as bad as it gets."""
     if row.error is None:
         return math.inf
@@ -216,10 +216,10 @@ def failures(rows: Iterable[Row], rerun: Rerun, *, worst: int = 5) -> list[Failu
         bad = [row for row in of_case if row.verdict in FAILING]
         if not bad and of_case:
             continue
-        bad.sort(key=lambda row: (_rank(row.quantity), -_excess(row)))
+        bad.sort(key=lambda row: (_rank(row.quantity), -excess(row)))
         causes = dict.fromkeys(cause for row in bad for cause in row.causes)
         shown = tuple(_first_of_each(bad)[:worst])
-        shape = max((row.shape for row in of_case), key=_folding)
+        shape = max((row.shape for row in of_case), key=folding)
         verdict = case_verdict(of_case)
         found.append(Failure(case, verdict, shape, shown, tuple(causes), rerun(case)))
     return sorted(found, key=lambda failure: VERDICTS.index(failure.verdict))

@@ -37,6 +37,14 @@ def test_rule_of_a_family_under_route_full(
     assert (rule.axis(), rule.divisor(LAYOUT)) == (axis, divisor)
 
 
+def test_a_partial_parameter_is_summed_unless_it_is_sharded_or_an_expert() -> None:
+    """A norm inside a head is replicated, but a lane sees its own heads only: SUM over tp."""
+    assert rule_of(Placement("layernorm"), partial=True) is Rule.SUM
+    assert rule_of(Placement("layernorm"), partial=False) is Rule.AVERAGE
+    assert rule_of(Placement("attention", OVER_TP), partial=True) is Rule.SKIP
+    assert rule_of(Placement("expert", OVER_EXPERTS), partial=True) is Rule.EXPERT_TP_CANCEL
+
+
 @pytest.mark.parametrize(
     ("rule", "axis", "divisor"), [(Rule.SUM, "stage", 6), (Rule.EXPERT, "edp", 6)]
 )

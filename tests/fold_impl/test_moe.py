@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fold_impl.convert import Preset, fold
+from fold_impl.convert import fold
 from fold_impl.families import FoldedParameter, Rule
 from fold_impl.groups import FoldGroups
 from fold_impl.layout import FoldLayout
 from fold_impl.moe import FoldedMoE
 from fold_impl.points import Points
+from fold_impl.presets import Preset
 from fold_impl.reduce import reduce_gradients
 from fold_impl.router import AuxiliaryOptions
 from parity import case, models
@@ -438,3 +439,41 @@ def test_the_shape_of_the_input_is_kept() -> None:
     for flat, batched in run_ranks(2, work):
         assert batched.shape == (2, 3, SPEC.hidden)
         assert torch.equal(batched.view(6, -1), flat)
+
+
+class OwnGate(nn.Module):
+    """A model's own gate: logits, weights and indices at once, as in Hugging Face models."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.weight = router.get_parameter("weight")
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose by softmax, normalised over the chosen two."""
+        logits_TE = nn.functional.linear(x_TH, self.weight)
+        weights_TK, indices_TK = logits_TE.softmax(-1).topk(2)
+        return logits_TE, weights_TK / weights_TK.sum(-1, keepdim=True), indices_TK
+
+
+def test_a_models_own_gate_is_asked_instead_of_ours() -> None:
+    """top_k None keeps the gate module; output and gradients are those of the same choice."""
+
+    def work(runtime: Any) -> dict[str, Tensor]:
+        groups, model = fold_groups(runtime, FoldLayout(2, 2, 2)), holder(SPEC)
+        gate = OwnGate(model.moe.router)
+        model.moe.router = gate  # type: ignore[assignment]
+        table = {**models.preset(SPEC), "moe": "moe", "top_k": None}
+        parameters = fold(model, Preset.from_dict(table), groups, AuxiliaryOptions(), Points())
+        assert model.get_submodule("moe.router") is gate
+        y = model(cell.x(0))
+        (y * cell.cotangent(0, groups.tp.index)).sum().backward()
+        reduce_gradients(parameters, groups, Points())
+        gradient = model.get_parameter("moe.router.weight").grad
+        assert gradient is not None
+        return {"y": y.detach(), "router": gradient}
+
+    cell = World(FoldLayout(2, 2, 2), [5])
+    expected = truth(cell)
+    for found in run_ranks(2, work):
+        assert error(found["y"], expected.outputs[0, 0]) <= LIMIT
+        assert error(found["router"], expected.gradients["moe.router.weight"]) <= LIMIT

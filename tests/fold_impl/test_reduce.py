@@ -195,7 +195,7 @@ def test_points_see_every_gradient_before_and_after_and_every_bucket() -> None:
     seen: list[tuple[str, str]] = []
     points = Points()
     points.plant("reduce.gradient", lambda g, name, family, layout: seen.append((name, family)) or g)
-    points.plant("reduce.bucket", lambda flat, rule: flat + 1)
+    points.plant("reduce.bucket", lambda flat, rule, members: flat + 1)
     points.plant("reduce.reduced", lambda g, name, family, layout: 10 * g)
     parameters = [member("a", "router", value=2.0), member("b", "expert", value=3.0)]
     reduce_gradients(parameters, alone(), points)

@@ -17,6 +17,7 @@ from fold_impl.points import Points
 from fold_impl.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    SharedTailLinear,
     enter_lanes,
     enter_region,
     leave_lanes,
@@ -196,3 +197,62 @@ def test_a_region_of_many_linears_enters_the_lanes_once(monkeypatch: pytest.Monk
         for gradient in found[1:]:
             torch.testing.assert_close(gradient, found[0])
     assert len(reduced) == TP * (3 + 3 + 1 + 1)
+
+
+# ---------------------------------------------------------------- a tail that all heads share
+
+TAIL = 2
+
+
+def latent(tp: Group, *, tail: int) -> nn.ModuleDict:
+    """Cut the weights of one lane: down projection, up projection to the heads, output."""
+    full = {"a": random(3 + TAIL, IN, seed=1), "up": random(6, 3, seed=2), "o": random(OUT, 6, seed=3)}
+    up = nn.Parameter(cut(full["up"], Shard("tp", 0), tp, "up").clone())
+    out = nn.Parameter(cut(full["o"], Shard("tp", 1), tp, "o").clone())
+    return nn.ModuleDict(
+        {
+            "a": SharedTailLinear(nn.Parameter(full["a"]), None, tail, tp),
+            "up": ColumnParallelLinear(up, None, tp, enters=True),
+            "o": RowParallelLinear(out, None, tp, Points()),
+        }
+    )
+
+
+def attended(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+    """Let every head of width 2 meet the one rotary key of width 2, as latent attention does."""
+    compressed, key = parts["a"](x).split([3, TAIL], dim=-1)
+    heads = parts["up"](compressed).unflatten(-1, (-1, TAIL))
+    y: Tensor = parts["o"]((heads * torch.tanh(heads * key.unsqueeze(-2))).flatten(-2))
+    return y
+
+
+def tail_gradients(tail: int) -> tuple[list[Tensor], Tensor]:
+    """Give the gradient of the shared down projection on every lane, and the true one."""
+
+    def work(runtime: Any) -> Tensor:
+        parts = latent(whole_world(runtime), tail=tail)
+        attended(parts, X).backward(Y)
+        gradient = parts["a"].get_parameter("weight").grad
+        assert gradient is not None
+        return gradient
+
+    alone_parts = latent(alone().tp, tail=tail)
+    attended(alone_parts, X).backward(Y)
+    true = alone_parts["a"].get_parameter("weight").grad
+    assert true is not None
+    return run_ranks(TP, work), true
+
+
+def test_a_shared_tail_has_the_whole_gradient_on_every_lane() -> None:
+    """Its columns feed each lane's heads directly: their gradients add up, the others' have."""
+    gradients, true = tail_gradients(TAIL)
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, true)
+
+
+def test_a_tail_cut_too_short_loses_the_other_lanes_heads() -> None:
+    """The near miss: with one column of two the last row but one is a lane's own part."""
+    gradients, true = tail_gradients(TAIL - 1)
+    for gradient in gradients:
+        torch.testing.assert_close(gradient[-1], true[-1])
+        assert not torch.allclose(gradient[-2], true[-2])

@@ -1,0 +1,326 @@
+"""What failing gradients are made of: shares of (dp rank, micro-batch), experts, token rows.
+
+Owns the tensor work of a diagnosis; its results stand in the `detail` of failing rows, where
+`parity.explain` reads them. Must not know causes. Easy to get wrong: a regression says something
+only where it leaves no residual, so coefficients without an exact fit are never handed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parity import batches, models, reference
+from parity.case import Case
+from parity.collect import Assembled
+from parity.compare import UNIT_ROUNDOFF
+from parity.implementation import Placement
+from parity.store import Row
+
+MAX_SHARES = 64
+"""Most (dp rank, micro-batch) pairs a regression is run for: each costs one backward."""
+STRUCTURE_U = 1e4
+"""Residual, in unit round-offs, from which on more than a factor is wrong."""
+_RANK_CUT = 1e-10
+"""Singular values below this part of the largest are round-off (float64)."""
+
+
+def is_structural(row: Row) -> bool:
+    """Tell whether a failing gradient row is off by more than one factor."""
+    unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
+    return row.residual is not None and row.residual > STRUCTURE_U * unit
+
+
+def annotate(
+    rows: Sequence[Row],
+    case: Case,
+    model: models.Tiny,
+    steps: Sequence[tuple[Assembled, Assembled, Mapping[str, Tensor]]],
+    placements: Mapping[str, Placement],
+    seed: int,
+    initial: Mapping[str, Tensor],
+) -> list[Row]:
+    """Add to the failing rows of one run what their gradients are made of.
+
+    Costs nothing where all rows pass; else one backward per (dp rank, micro-batch) at most.
+
+    Args:
+        rows: rows of one run against the reference.
+        case: the case.
+        model: structure of the model.
+        steps: per step: weights before, gradients, true gradients.
+        placements: full logical name -> family and cuts.
+        seed: what the batches were drawn from.
+        initial: full weights the implementation was given.
+    """
+    bad = [r for r in rows if r.verdict == "fail" and r.quantity == "gradient"]
+    details: dict[int, dict[str, Any]] = {}
+    if bad:
+        number = min(r.step or 1 for r in bad)
+        bad = [r for r in bad if r.step == number]
+        before, actual, truth = steps[number - 1]
+        previous = steps[number - 2][1].filled if number > 1 else {}
+        given = {name: t.double() for name, t in before.filled.items()}
+        details = _experts(bad, actual.filled, truth)
+        _merge(details, _moved_experts(bad, given, initial if number == 1 else given))
+        if not any(r.verdict == "fail" and r.quantity == "routing" for r in rows):
+            structural = _representatives([r for r in bad if is_structural(r)], truth)
+            about = _Regression(case, model, given, seed, number, previous)
+            _merge(details, about.details(structural, actual.filled, truth))
+    else:
+        number = 1
+    for row in rows:
+        if row.quantity == "grad_norm" and row.verdict == "fail" and row.step is not None:
+            parts = _norm_parts(steps[row.step - 1][2], placements)
+            details.setdefault(id(row), {})["parts"] = parts
+    return [
+        dataclasses.replace(r, detail={**(r.detail or {}), **details[id(r)]})
+        if id(r) in details
+        else r
+        for r in rows
+    ]
+
+
+def _merge(into: dict[int, dict[str, Any]], more: Mapping[int, dict[str, Any]]) -> None:
+    for key, found in more.items():
+        into.setdefault(key, {}).update(found)
+
+
+def _representatives(rows: Sequence[Row], truth: Mapping[str, Tensor]) -> list[Row]:
+    """Choose one failing tensor per family: the last one, nearest to the loss; weights first."""
+    chosen: dict[str, Row] = {}
+    for row in rows:
+        family, name = str(row.family), str(row.tensor)
+        held = chosen.get(family)
+        if held is None or truth[name].dim() >= truth[str(held.tensor)].dim():
+            chosen[family] = row
+    return list(chosen.values())
+
+
+def _norm_parts(truth: Mapping[str, Tensor], placements: Mapping[str, Placement]) -> dict[str, float]:
+    """Give the squared norms of what is replicated, cut over tp, and of the routed experts."""
+    parts = {"replicated": 0.0, "sharded": 0.0, "expert": 0.0}
+    for name, gradient in truth.items():
+        placement = placements[name]
+        kind = "sharded" if any(s.axis == "tp" for s in placement.shards) else "replicated"
+        kind = "expert" if placement.family == "expert" else kind
+        parts[kind] += float(gradient.square().sum())
+    return parts
+
+
+# --- shares of ranks and micro-batches -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Regression:
+    """g1 = sum of c (share of rank r, micro-batch m): least squares, handed over where exact."""
+
+    case: Case
+    model: models.Tiny
+    weights: Mapping[str, Tensor]
+    seed: int
+    step: int
+    previous: Mapping[str, Tensor]
+
+    def details(
+        self, rows: Sequence[Row], actual: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+    ) -> dict[int, dict[str, Any]]:
+        """Regress the tensors of some rows; row id -> what was found."""
+        dp = rows[0].shape["dp"] if rows else 1
+        if not rows or dp * self.case.engine.gas > MAX_SHARES:
+            return {}
+        drawn = batches.make(self.case, dp, self.step, self.seed)
+        names = [str(row.tensor) for row in rows]
+        split = reference.shares(self.case, self.model, self.weights, drawn, names)
+        found = {}
+        for row in rows:
+            if str(row.tensor) not in actual:
+                continue
+            result = self._of(row, actual[str(row.tensor)].double(), split)
+            if result:
+                found[id(row)] = result
+        return found
+
+    def _of(self, row: Row, actual: Tensor, split: reference.Shares) -> dict[str, Any]:
+        name = str(row.tensor)
+        unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
+        own = split.auxiliary.get(self.case.auxiliary.scope)
+        main = [[part[name] for part in parts] for parts in split.main]
+        whole = main
+        if own:
+            whole = [
+                [a + b[name] for a, b in zip(x, y, strict=True)]
+                for x, y in zip(main, own, strict=True)
+            ]
+        fit = _fit(actual, [t for parts in whole for t in parts], unit)
+        if fit is not None:
+            gas = len(main[0])
+            table = [fit[i * gas : (i + 1) * gas] for i in range(len(main))]
+            return {"shares": table, "tokens": split.tokens}
+        if own and (found := self._auxiliary(name, actual, main, split, unit)):
+            return found
+        if name in self.previous:
+            columns = [sum(t for parts in whole for t in parts), self.previous[name].double()]
+            fit = _fit(actual, columns, unit)  # type: ignore[arg-type]
+            if fit is not None:
+                return {"now_and_previous": fit}
+        return {}
+
+    def _auxiliary(
+        self, name: str, actual: Tensor, main: list[list[Tensor]], split: reference.Shares,
+        unit: float,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Fit the main loss's shares as a whole and the auxiliary losses in both scopes."""
+        total = {
+            scope: torch.stack([part[name] for parts in table for part in parts]).sum(0)
+            for scope, table in split.auxiliary.items()
+        }
+        mine = self.case.auxiliary.scope
+        other = "rank" if mine == "global" else "global"
+        columns = [torch.stack([t for parts in main for t in parts]).sum(0), total[mine]]
+        for further in ([], [total[other]]):
+            fit = _fit(actual, [*columns, *further], unit)
+            if fit is not None:
+                return {"main_and_auxiliary": fit}
+        return {}
+
+
+def _fit(actual: Tensor, columns: Sequence[Tensor], unit: float) -> list[float] | None:
+    """Solve actual = sum of c columns; None where it leaves a residual or is not determined.
+
+    A column of zeros takes the coefficient 1: whatever it is, nothing shows.
+    """
+    norms = [float(column.norm()) for column in columns]
+    used = [i for i, size in enumerate(norms) if size > 1e-12 * max(norms)] if any(norms) else []
+    if not used or 2 * len(used) > actual.numel():
+        return None
+    matrix = torch.stack([columns[i].flatten() / norms[i] for i in used], dim=1)
+    q, r = torch.linalg.qr(matrix)
+    if float(r.diagonal().abs().min()) < 1e-6:
+        return None
+    projected = q.T @ actual.flatten()
+    rest = float((actual.flatten() - q @ projected).norm())
+    if rest > STRUCTURE_U * unit * max(float(actual.norm()), max(norms)):
+        return None
+    solved = torch.linalg.solve_triangular(r, projected.unsqueeze(1), upper=True).squeeze(1)
+    found = [1.0] * len(columns)
+    for place, index in enumerate(used):
+        found[index] = float(solved[place]) / norms[index]
+    return found
+
+
+# --- experts -------------------------------------------------------------------------------------
+
+
+def _experts(
+    bad: Sequence[Row], actual: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> dict[int, dict[str, Any]]:
+    """Say which expert's gradient, or whose tokens, stand in each expert's place."""
+    rows = [r for r in bad if r.family == "expert" and r.tensor in actual and is_structural(r)]
+    found: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        g1, g0 = actual[str(row.tensor)].double(), truth[str(row.tensor)].double()
+        unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
+        match = match_experts(g1, g0, STRUCTURE_U * unit)
+        if any(source is not None and source != e for e, source in enumerate(match)):
+            found[id(row)] = {"experts_from": match}
+    first = next((r for r in rows if truth[str(r.tensor)].dim() == 3), None)
+    if first is not None and first.engine["dtype"] == "float64":
+        g1, g0 = actual[str(first.tensor)].double(), truth[str(first.tensor)].double()
+        if (spans := compare_rows(g1, g0)) is not None:
+            found.setdefault(id(first), {})["token_rows"] = spans
+    return found
+
+
+def _moved_experts(
+    bad: Sequence[Row], given: Mapping[str, Tensor], initial: Mapping[str, Tensor]
+) -> dict[int, dict[str, Any]]:
+    """Say which expert's initial weights stand in each expert's place, where they were moved."""
+    found = {}
+    for row in bad:
+        name = str(row.tensor)
+        if row.family == "expert" and name in given and not torch.equal(given[name], initial[name]):
+            match = match_experts(given[name], initial[name].double(), 1e-6)
+            if any(source is not None and source != e for e, source in enumerate(match)):
+                found[id(row)] = {"experts_from": match}
+    return found
+
+
+def match_experts(actual_E: Tensor, expected_E: Tensor, tolerance: float) -> list[int | None]:
+    """Find for each expert the one whose expected tensor it holds, up to a positive factor.
+
+    Args:
+        actual_E: (E, ...).
+        expected_E: (E, ...).
+        tolerance: largest residual over the norm.
+
+    Returns:
+        Per expert the index, itself where both are zero, None where none fits.
+    """
+    a, e = actual_E.flatten(1), expected_E.flatten(1)
+    norms_a, norms_e = a.norm(dim=1), e.norm(dim=1)
+    cosine = (a @ e.T) / (norms_a[:, None] * norms_e[None, :])
+    found: list[int | None] = []
+    for index in range(len(a)):
+        if float(norms_a[index]) == 0.0:
+            found.append(index if float(norms_e[index]) == 0.0 else None)
+            continue
+        best = int(cosine[index].nan_to_num(nan=-2.0).argmax())
+        scale = float(a[index] @ e[best] / e[best].square().sum())
+        rest = float((a[index] - scale * e[best]).norm() / norms_a[index])
+        found.append(best if math.isfinite(rest) and rest <= tolerance else None)
+    return found
+
+
+def compare_rows(actual_EFH: Tensor, expected_EFH: Tensor) -> dict[str, Any] | None:
+    """Compare whose tokens reached the experts, by the spans of their weight gradients.
+
+    A gradient D^T X of F x H, D (n, F), X (n, H), has its rows in the span of the n tokens, as
+    long as n < F and n < H: a lost token leaves the span one smaller, another's makes it larger.
+
+    Returns:
+        lost: dimensions missing over all experts. foreign: dimensions too many. from: per expert
+        that has foreign ones, the expert whose tokens they are, -1 where nobody's. moved: experts
+        with no token of their own. None where spans are full and say nothing.
+    """
+    spans = [(_span(a), _span(e)) for a, e in zip(actual_EFH, expected_EFH, strict=True)]
+    full = min(expected_EFH.shape[1:])
+    if any(expected.shape[0] >= full or actual.shape[0] >= full for actual, expected in spans):
+        return None
+    lost = foreign = 0
+    sources: dict[str, int] = {}
+    moved: list[int] = []
+    for index, (actual, expected) in enumerate(spans):
+        extra = _span(actual - actual @ expected.T @ expected, 1e-6)
+        missing = _span(expected - expected @ actual.T @ actual, 1e-6)
+        lost, foreign = lost + missing.shape[0], foreign + extra.shape[0]
+        if expected.shape[0] and missing.shape[0] == expected.shape[0]:
+            moved.append(index)
+        if extra.shape[0]:
+            sources[str(index)] = _source(extra, index, [e for _, e in spans], expected)
+    return {"lost": lost, "foreign": foreign, "from": sources, "moved": moved}
+
+
+def _source(extra: Tensor, index: int, spans: Sequence[Tensor], own: Tensor) -> int:
+    """Name the expert whose tokens, with the own ones, span the foreign part; -1: nobody."""
+    for other, span in enumerate(spans):
+        if other != index and span.shape[0]:
+            both = _span(torch.cat([own, span]))
+            if float((extra - extra @ both.T @ both).norm()) < 1e-6 * math.sqrt(extra.shape[0]):
+                return other
+    return -1
+
+
+def _span(rows: Tensor, cut: float = _RANK_CUT) -> Tensor:
+    """Give an orthonormal basis of the row space: (rank, H); absolute cut for unit rows."""
+    if rows.numel() == 0 or not bool(rows.any()):
+        return rows.new_zeros(0, rows.shape[-1])
+    _, s, vh = torch.linalg.svd(rows, full_matrices=False)
+    least = cut if cut == 1e-6 else cut * float(s[0])
+    basis: Tensor = vh[s > least]
+    return basis

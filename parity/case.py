@@ -54,7 +54,7 @@ class Shape(Part):
 
 
 class Model(Part):
-    """A small transformer: `tiny` of `parity.models`, or one of Hugging Face from a tiny config."""
+    """A small transformer: `tiny` of `parity.models`, or a Hugging Face one from a tiny config."""
 
     name: Literal["tiny", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"] = "tiny"
     layers: Positive = 2

@@ -55,7 +55,7 @@ class Gate:
             parts = scores.unflatten(-1, (groups, -1))
             sums = parts.max(-1).values if self._softmax else parts.topk(2, dim=-1).values.sum(-1)
             ordered = sums.sort(dim=-1, descending=True)
-            kept = self.module.topk_group
+            kept = int(self.module.topk_group)  # type: ignore[arg-type]  # an attribute of theirs
             gaps.append(2 * (ordered.values[:, kept - 1] - ordered.values[:, kept]))
             allowed = torch.zeros_like(sums).scatter(1, ordered.indices[:, :kept], 1.0)
             mask = allowed.bool().unsqueeze(-1).expand_as(parts).flatten(1)
@@ -100,9 +100,10 @@ class HuggingFace(nn.Module):
         asked = {"output_router_logits": True} if self.load_balance else {}
         answer = self.model(input_ids=input_ids, use_cache=False, **asked)
         loss = F.cross_entropy(answer.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        total: Tensor = loss * loss_scale
         if self.load_balance:
-            return loss * loss_scale + self.load_balance * answer.aux_loss
-        return loss * loss_scale
+            total = total + self.load_balance * answer.aux_loss
+        return total
 
 
 def moe_names(spec: cases.Model) -> list[str]:

@@ -70,9 +70,7 @@ def tiles(full: Sequence[int], placement: Placement, layout: FoldLayout) -> bool
     return True
 
 
-def blocks(
-    full: Sequence[int], placement: Placement, layout: FoldLayout, rank: int
-) -> list[Block]:
+def blocks(full: Sequence[int], placement: Placement, layout: FoldLayout, rank: int) -> list[Block]:
     """List the rectangles of a rank's part, in the order of the part's entries."""
     runs = [[_Run(0, size)] for size in full]
     for shard in placement.shards:
@@ -131,9 +129,7 @@ def overlap(stored: Block, wanted: Block) -> Overlap | None:
     low = tuple(map(max, stored.offset, wanted.offset))
     ends = (
         (s + n, w + m)
-        for s, n, w, m in zip(
-            stored.offset, stored.shape, wanted.offset, wanted.shape, strict=True
-        )
+        for s, n, w, m in zip(stored.offset, stored.shape, wanted.offset, wanted.shape, strict=True)
     )
     shape = tuple(min(both) - at for both, at in zip(ends, low, strict=True))
     if any(size <= 0 for size in shape):

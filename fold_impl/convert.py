@@ -73,6 +73,7 @@ def fold(
         if preset.shared_experts is not None:
             kinds[f"{name}.{preset.shared_experts}"] = "shared_expert"
     _cut_linears(model, preset, groups, points, cuts)
+    _fuse_norms(model)
     for name, module in list(model.named_modules()):
         if re.fullmatch(preset.attention, name):
             kinds.setdefault(name, "attention")
@@ -196,6 +197,26 @@ def _cut_linears(
             inside = any(name.startswith(f"{region}.") for region in regions)
             new = ColumnParallelLinear(weight, bias, groups.tp, enters=not inside)
         _replace(model, name, new)
+
+
+class FusedRMSNorm(nn.Module):
+    """RMSNorm in one kernel: float32 inside and one rounding, where Hugging Face's rounds twice."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def _fuse_norms(model: nn.Module) -> None:
+    """Replace Hugging Face's eager RMSNorm, which every lane runs on all tokens."""
+    for name, module in list(model.named_modules()):
+        eps = getattr(module, "variance_epsilon", None)
+        if eps is not None and type(module).__name__.endswith("RMSNorm"):
+            _replace(model, name, FusedRMSNorm(module.get_parameter("weight"), eps))
 
 
 def _tail(model: nn.Module, name: str, preset: Preset) -> int:

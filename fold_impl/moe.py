@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fold_impl import dispatch
+from fold_impl import dispatch, rows
 from fold_impl.experts import RoutedExperts
 from fold_impl.groups import FoldGroups
 from fold_impl.points import Points
@@ -28,13 +28,15 @@ class Journey:
     """Where this rank's rows go: splits of the EP all-to-all and the order the experts take.
 
     send, receive: rows per EP rank. etp_sizes: rows each expert-TP rank brings.
-    by_expert: permutation from arrival order to expert order. counts: rows per local expert.
+    by_expert: permutation from arrival order to expert order, by_arrival: its inverse. counts:
+    rows per local expert.
     """
 
     send: list[int]
     receive: list[int]
     etp_sizes: list[int]
     by_expert: Tensor
+    by_arrival: Tensor
     counts: list[int]
 
 
@@ -121,32 +123,28 @@ class FoldedMoE(nn.Module):
         flat = self._point("dispatch.experts", indices_TK[own].flatten())
         order = flat.argsort(stable=True)
         top_k = indices_TK.shape[1]
-        rows = x_TH[own].index_select(0, order // top_k)
-        returned = self._through_experts(self._point("dispatch.rows", rows), flat)
-        by_token = torch.empty_like(order)
-        by_token[order] = torch.arange(order.numel(), device=order.device)
-        outputs = returned.index_select(0, by_token).view(-1, top_k, x_TH.shape[1])
-        weights = self._point("combine.weights", weights_TK[own].to(outputs.dtype))
-        combined: Tensor = (outputs * weights.unsqueeze(-1)).sum(1)
-        return combined
+        slot = rows.inverse(order)
+        sent = self._point("dispatch.rows", rows.spread(x_TH[own], order, slot, top_k))
+        returned = self._through_experts(sent, flat)
+        weights = self._point("combine.weights", weights_TK[own].to(returned.dtype))
+        return rows.combine(returned, weights, order, slot)
 
-    def _through_experts(self, rows: Tensor, flat: Tensor) -> Tensor:
+    def _through_experts(self, sent: Tensor, flat: Tensor) -> Tensor:
         """EP all-to-all, expert-TP gather, experts, and both back; rows sorted by expert."""
         ep, etp = self.groups.ep, self.groups.etp
         journey = self._plan(torch.bincount(flat, minlength=self.num_experts))
         splits = self._point("dispatch.splits", (journey.send, journey.receive))
         there = self._point("dispatch.backward_splits", (splits[1], splits[0]))
-        x = self._exchange("there")(rows, splits, ep, there)
+        x = self._exchange("there")(sent, splits, ep, there)
         gather = self._point("expert.gather", dispatch.gather_rows)
         x = gather(x, journey.etp_sizes, etp)
         counts = journey.counts
-        x = self._point("dispatch.received", x.index_select(0, journey.by_expert), counts=counts)
+        x = rows.permute(x, journey.by_expert, journey.by_arrival)
+        x = self._point("dispatch.received", x, counts=counts)
         y = self.get_submodule(self._names[1])(x, counts)
         y = self._point("expert.output", y, counts=counts)
-        back = torch.empty_like(journey.by_expert)
-        back[journey.by_expert] = torch.arange(back.numel(), device=back.device)
         scatter = self._point("expert.scatter", dispatch.scatter_rows)
-        y = scatter(y.index_select(0, back), journey.etp_sizes, etp)
+        y = scatter(rows.permute(y, journey.by_arrival, journey.by_expert), journey.etp_sizes, etp)
         y = self._point("expert.partial", y)
         return self._exchange("back")(y, (splits[1], splits[0]), ep, splits)
 
@@ -173,10 +171,12 @@ class FoldedMoE(nn.Module):
         first = etp.index * ep.size
         expert_of_row = torch.arange(local, device=table.device).repeat(table.shape[0])
         expert_of_row = expert_of_row.repeat_interleave(table.flatten(), output_size=sum(came))
+        by_expert = expert_of_row.argsort(stable=True)
         return Journey(
             send=[sum(sent[i * local : (i + 1) * local]) for i in range(ep.size)],
             receive=blocks[first : first + ep.size],
             etp_sizes=[sum(blocks[i * ep.size : (i + 1) * ep.size]) for i in range(etp.size)],
-            by_expert=expert_of_row.argsort(stable=True),
+            by_expert=by_expert,
+            by_arrival=rows.inverse(by_expert),
             counts=[sum(came[e::local]) for e in range(local)],
         )

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from parity import batches, models, reference
+from parity import batches, reference
 from parity.case import Case
 from parity.collect import Assembled
 from parity.compare import UNIT_ROUNDOFF
@@ -36,11 +36,20 @@ def is_structural(row: Row) -> bool:
     return row.residual is not None and row.residual > STRUCTURE_U * unit
 
 
+@dataclasses.dataclass(frozen=True)
+class StepTensors:
+    """One step of a run: weights before it, its gradients, and the reference at those weights."""
+
+    before: Assembled
+    gradients: Assembled
+    truth: reference.Evaluation
+
+
 def annotate(
     rows: Sequence[Row],
     case: Case,
-    model: models.Tiny,
-    steps: Sequence[tuple[Assembled, Assembled, Mapping[str, Tensor]]],
+    model: nn.Module,
+    steps: Sequence[StepTensors],
     placements: Mapping[str, Placement],
     seed: int,
     initial: Mapping[str, Tensor],
@@ -53,7 +62,7 @@ def annotate(
         rows: rows of one run against the reference.
         case: the case.
         model: structure of the model.
-        steps: per step: weights before, gradients, true gradients.
+        steps: what each step was judged on.
         placements: full logical name -> family and cuts.
         seed: what the batches were drawn from.
         initial: full weights the implementation was given.
@@ -63,20 +72,20 @@ def annotate(
     if bad:
         number = min(r.step or 1 for r in bad)
         bad = [r for r in bad if r.step == number]
-        before, actual, truth = steps[number - 1]
-        previous = steps[number - 2][1].filled if number > 1 else {}
-        given = {name: t.double() for name, t in before.filled.items()}
-        details = _experts(bad, actual.filled, truth)
+        step, truth = steps[number - 1], steps[number - 1].truth.gradients
+        actual = step.gradients.filled
+        previous = steps[number - 2].gradients.filled if number > 1 else {}
+        given = {name: t.double() for name, t in step.before.filled.items()}
+        details = _experts(bad, actual, truth)
         _merge(details, _moved_experts(bad, given, initial if number == 1 else given))
         if not any(r.verdict == "fail" and r.quantity == "routing" for r in rows):
             structural = _representatives([r for r in bad if is_structural(r)], truth)
-            about = _Regression(case, model, given, seed, number, previous)
-            _merge(details, about.details(structural, actual.filled, truth))
-    else:
-        number = 1
+            routing = step.truth.routing
+            about = _Regression(case, model, given, seed, number, previous, routing)
+            _merge(details, about.details(structural, actual))
     for row in rows:
         if row.quantity == "grad_norm" and row.verdict == "fail" and row.step is not None:
-            parts = _norm_parts(steps[row.step - 1][2], placements)
+            parts = _norm_parts(steps[row.step - 1].truth.gradients, placements)
             details.setdefault(id(row), {})["parts"] = parts
     return [
         dataclasses.replace(r, detail={**(r.detail or {}), **details[id(r)]})
@@ -102,7 +111,9 @@ def _representatives(rows: Sequence[Row], truth: Mapping[str, Tensor]) -> list[R
     return list(chosen.values())
 
 
-def _norm_parts(truth: Mapping[str, Tensor], placements: Mapping[str, Placement]) -> dict[str, float]:
+def _norm_parts(
+    truth: Mapping[str, Tensor], placements: Mapping[str, Placement]
+) -> dict[str, float]:
     """Give the squared norms of what is replicated, cut over tp, and of the routed experts."""
     parts = {"replicated": 0.0, "sharded": 0.0, "expert": 0.0}
     for name, gradient in truth.items():
@@ -121,14 +132,15 @@ class _Regression:
     """g1 = sum of c (share of rank r, micro-batch m): least squares, handed over where exact."""
 
     case: Case
-    model: models.Tiny
+    model: nn.Module
     weights: Mapping[str, Tensor]
     seed: int
     step: int
     previous: Mapping[str, Tensor]
+    routing: Sequence[Sequence[Sequence[Tensor]]]
 
     def details(
-        self, rows: Sequence[Row], actual: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+        self, rows: Sequence[Row], actual: Mapping[str, Tensor]
     ) -> dict[int, dict[str, Any]]:
         """Regress the tensors of some rows; row id -> what was found."""
         dp = rows[0].shape["dp"] if rows else 1
@@ -136,7 +148,9 @@ class _Regression:
             return {}
         drawn = batches.make(self.case, dp, self.step, self.seed)
         names = [str(row.tensor) for row in rows]
-        split = reference.shares(self.case, self.model, self.weights, drawn, names)
+        split = reference.shares(
+            self.case, self.model, self.weights, drawn, names, self.routing
+        )
         found = {}
         for row in rows:
             if str(row.tensor) not in actual:

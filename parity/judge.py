@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from parity import batches, compare, models, reference, update
+from parity import batches, compare, contributions, explain, models, reference, update
 from parity.case import Case
 from parity.collect import Assembled, agree, assemble
 from parity.compare import RowContext
@@ -178,13 +178,13 @@ class Judge:
         folded = self._run(case, layout, setting, self.planted)
         truths = self._truths_of(case, model, weights, folded, setting)
         self.last = Comparison(case, folded, baseline, truths)
-        rows = self._rows_of(case, folded, truths, setting)
+        rows = self._rows_of(case, folded, truths, setting, model, weights)
         rows += self._against_baseline(case, folded, baseline)
-        rows += self._rows_of(case, baseline, baseline_truths, setting)
+        rows += self._rows_of(case, baseline, baseline_truths, setting, model, weights)
         unjudged = min(len(truths), len(baseline_truths)) < case.steps
         if unjudged and not any(row.verdict in FAILING for row in rows):
             raise _UnsafeRoutingError
-        return rows
+        return explain.labelled(rows, case)
 
     def _replay(
         self,
@@ -298,7 +298,13 @@ class Judge:
         return rebuild(case, layout, results)
 
     def _rows_of(
-        self, case: Case, run: Run, truths: Sequence[reference.Evaluation], setting: Setting
+        self,
+        case: Case,
+        run: Run,
+        truths: Sequence[reference.Evaluation],
+        setting: Setting,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
     ) -> list[Row]:
         zeros = models.structural_zeros(case.model, case.auxiliary)
         names = models.moe_names(case.model)
@@ -327,7 +333,11 @@ class Judge:
                 layout,
                 structural_zero=zeros,
             )
-        return rows
+        judged = [
+            contributions.StepTensors(step.before, step.gradients, truth)
+            for step, truth in zip(run.steps, truths, strict=False)
+        ]
+        return contributions.annotate(rows, case, model, judged, placements, setting.seed, weights)
 
     def _against_baseline(self, case: Case, folded: Run, baseline: Run) -> list[Row]:
         """Compare the first step only: afterwards the two runs stand at different weights."""

@@ -184,10 +184,11 @@ class Shares:
 
 def shares(
     case: Case,
-    model: models.Tiny,
+    model: nn.Module,
     weights: Mapping[str, Tensor],
     batches: data.StepBatches,
     names: Sequence[str],
+    routing: Sequence[Sequence[Sequence[Tensor]]],
 ) -> Shares:
     """Split the true gradients of some tensors over (dp rank, micro-batch).
 
@@ -197,37 +198,49 @@ def shares(
         weights: full logical name -> any float dtype.
         batches: [dp rank][micro-batch].
         names: tensors whose gradients are split.
+        routing: `Evaluation.routing` of the same step, so that it is not chosen anew.
     """
     leaves = {name: w.detach().to(DTYPE).requires_grad_() for name, w in weights.items()}
     dp, gas = len(batches), len(batches[0])
-    active = case.auxiliary.load_balance > 0 or case.auxiliary.z_loss > 0
+    is_tiny = case.model.name == "tiny"  # the loss of the others holds its own auxiliary loss
+    active = is_tiny and (case.auxiliary.load_balance > 0 or case.auxiliary.z_loss > 0)
     scopes = ("rank", "global") if active else ()
     main: list[list[dict[str, Tensor]]] = [[] for _ in range(dp)]
-    auxiliary = {scope: [[] for _ in range(dp)] for scope in scopes}  # type: ignore[var-annotated]
-    for m in range(gas):
-        logits: list[list[Tensor]] = []
-        picks: list[list[Tensor]] = []
-        for r in range(dp):
-            loss = functional_call(model, dict(leaves), (), dict(batches[r][m].for_mean(DTYPE)))
-            main[r].append(_split(loss / (dp * gas), leaves, names))
-            layers = models.moe_layers(model)
-            logits.append([layer.logits_TE for layer in layers])
-            picks.append([layer.indices_TK for layer in layers])
-        for scope in scopes:
-            spec = case.auxiliary.model_copy(update={"scope": scope})
+    auxiliary: dict[str, list[list[dict[str, Tensor]]]]
+    auxiliary = {scope: [[] for _ in range(dp)] for scope in scopes}
+    with nullcontext() if is_tiny else lifted():
+        for m in range(gas):
+            logits = []
             for r in range(dp):
-                loss = sum(
-                    auxiliary_loss(
-                        spec,
-                        case.model.score,
-                        [logits[i][n] if i == r else logits[i][n].detach() for i in range(dp)],
-                        [picks[i][n] for i in range(dp)],
-                    )
-                    for n in range(len(logits[0]))
-                )
-                auxiliary[scope][r].append(_split(loss / gas, leaves, names))
+                if is_tiny:
+                    models.force_routing(model, routing[r][m])
+                loss = functional_call(model, dict(leaves), (), dict(batches[r][m].for_mean(DTYPE)))
+                main[r].append(_split(loss / (dp * gas), leaves, names))
+                logits.append([layer.logits_TE for layer in models.gates(model)])
+            picks = [routing[r][m] for r in range(dp)]
+            for scope in scopes:
+                for r in range(dp):
+                    loss = _auxiliary_of(case, scope, r, logits, picks) / gas
+                    auxiliary[scope][r].append(_split(loss, leaves, names))
+    models.force_routing(model, [None] * len(models.moe_layers(model)))
     tokens = [[int(batch.input_ids.numel()) for batch in row] for row in batches]
     return Shares(main, auxiliary, tokens)
+
+
+def _auxiliary_of(
+    case: Case,
+    scope: str,
+    rank: int,
+    logits: Sequence[Sequence[Tensor]],
+    picks: Sequence[Sequence[Tensor]],
+) -> Tensor:
+    """Compute one micro-batch's auxiliary losses, to be differentiated by one rank's logits."""
+    spec = case.auxiliary.model_copy(update={"scope": scope})
+    layers = []
+    for n in range(len(logits[0])):
+        seen = [of[n] if r == rank else of[n].detach() for r, of in enumerate(logits)]
+        layers.append(auxiliary_loss(spec, case.model.score, seen, [of[n] for of in picks]))
+    return torch.stack(layers).sum()
 
 
 def _split(

@@ -161,13 +161,19 @@ def _shape_labels(rows: Sequence[Row]) -> list[str | None]:
 
 
 def folding(shape: Mapping[str, int]) -> tuple[int, int]:
+    """Order the shapes of one case: its folded one is the largest."""
     return shape.get("world", 1), shape.get("tp", 1) * shape.get("ep", 1) * shape.get("etp", 1)
+
+
+def plain_shape(shape: Mapping[str, int]) -> str:
+    """Write a shape as `w8 tp2 ep4`; sizes of 1 are left out."""
+    axes = [f"{axis}{shape[axis]}" for axis in ("tp", "ep", "etp") if shape.get(axis, 1) > 1]
+    return " ".join([f"w{shape.get('world')}", *axes])
 
 
 def shape_label(shape: Mapping[str, int], engine: Mapping[str, Any]) -> str:
     """Write a shape as `w8 tp2 ep4`, and what is not native float32 on Gloo behind it."""
-    parts = [f"w{shape.get('world')}"]
-    parts += [f"{axis}{shape[axis]}" for axis in ("tp", "ep", "etp") if shape.get(axis, 1) > 1]
+    parts = [plain_shape(shape)]
     if engine.get("name", "native") != "native":
         parts += [f"{engine['name']} z{engine.get('zero', 0)}"]
     if engine.get("dtype") in _SHORT_DTYPES:
@@ -264,6 +270,16 @@ def _findings(rows: Sequence[Row], most: int = 3) -> list[str]:
     said = [f"{what} on {len(on)} shape{'s' * (len(on) > 1)}" for what, on in ordered[:most]]
     rest = len(ordered) - most
     return [*said, f"and {rest} more finding{'s' * (rest > 1)}"] if rest > 0 else said
+
+
+def finding_of(bad: Sequence[Row]) -> str:
+    """Say in a few words what is wrong with a case, given its failing rows, earliest first."""
+    if not bad:
+        return ""
+    compared = [row for row in bad if row.quantity is not None]
+    if not compared:
+        return (bad[0].reason or "no reason given").strip().splitlines()[0]
+    return _finding(compared[0])
 
 
 def _finding(row: Row) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fold_impl import checkpoint
 from fold_impl.config import FoldConfig
 from fold_impl.engine import NativeEngine, build_engine
 from fold_impl.families import Placement
@@ -89,6 +90,14 @@ class FoldImplementation:
     def replay(self, routing: Sequence[Sequence[Tensor]] | None) -> None:
         """Force the experts of the next steps: [micro-batch][layer] -> (T, K); None: own choice."""
         self._replay = routing
+
+    def save(self, path: str) -> None:
+        """Write everything the run needs to go on."""
+        checkpoint.save(self._engine, path, f"global_step{self._engine.global_steps}")
+
+    def load(self, path: str) -> tuple[str, ...]:
+        """Go on from what `save` wrote, also at another layout; say what is not exact then."""
+        return checkpoint.load(self._engine, path, reshard=True).notes
 
     def plant(self, point: str, transform: Transform) -> None:
         """Transform the value that passes a named point, in forward, reduction or step."""

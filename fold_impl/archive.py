@@ -20,11 +20,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -102,6 +103,14 @@ class Stored:
         return self.placement or Placement("dense")
 
 
+class Piece(NamedTuple):
+    """One rectangle of a tensor: the rank that wrote it, and its file."""
+
+    rank: int
+    block: Block
+    file: str
+
+
 @dataclass(frozen=True)
 class Index:
     """Everything a checkpoint says about itself."""
@@ -118,6 +127,27 @@ class Index:
     client_state: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """file -> bytes, sha256."""
+
+    @cached_property
+    def pieces(self) -> dict[str, list[Piece]]:
+        """Where every tensor's rectangles stand: folder/key -> pieces, in the order of writers."""
+        drawn: dict[str, list[tuple[int, int, Block]]] = {}
+        most: dict[str, int] = {}
+        for key, stored in self.tensors.items():
+            drawn[key] = [
+                (rank, number, block)
+                for rank in writers(stored.cut, self.layout)
+                for number, block in enumerate(blocks(stored.shape, stored.cut, self.layout, rank))
+            ]
+            deepest = max(number for _, number, _ in drawn[key]) + 1
+            most[stored.folder] = max(most.get(stored.folder, 1), deepest)
+        return {
+            key: [
+                Piece(rank, block, _file(self.tensors[key].folder, rank, number, most))
+                for rank, number, block in found
+            ]
+            for key, found in drawn.items()
+        }
 
     def to_json(self) -> str:
         """Write the index with a checksum of itself."""
@@ -160,36 +190,6 @@ def digest(value: Any) -> str:
 
 
 # ---------------------------------------------------------------- what stands in which file
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One rectangle of a tensor in a file."""
-
-    rank: int
-    block: Block
-    file: str
-
-
-def pieces(index: Index) -> dict[str, list[Piece]]:
-    """Give where every tensor's rectangles stand: folder/key -> pieces."""
-    drawn: dict[str, list[tuple[int, int, Block]]] = {}
-    most: dict[str, int] = {}
-    for key, stored in index.tensors.items():
-        drawn[key] = [
-            (rank, number, block)
-            for rank in writers(stored.cut, index.layout)
-            for number, block in enumerate(blocks(stored.shape, stored.cut, index.layout, rank))
-        ]
-        deepest = max(number for _, number, _ in drawn[key]) + 1
-        most[stored.folder] = max(most.get(stored.folder, 1), deepest)
-    return {
-        key: [
-            Piece(rank, block, _file(index.tensors[key].folder, rank, number, most))
-            for rank, number, block in found
-        ]
-        for key, found in drawn.items()
-    }
 
 
 def _file(folder: str, rank: int, number: int, most: Mapping[str, int]) -> str:
@@ -320,13 +320,13 @@ def read_index(path: Path) -> Index:
         if not tiles(stored.shape, stored.cut, index.layout):
             found = f"shape {stored.shape} under {_cuts(stored.cut)}"
             raise CheckpointError("cannot be cut as recorded", key, index.layout, found)
-    needed = {piece.file for found in pieces(index).values() for piece in found}
+    needed = {piece.file for found in index.pieces.values() for piece in found}
     if unlisted := sorted(needed - set(index.files)):
         raise CheckpointError("not listed in the index", unlisted[0], "size and hash", "none")
     return index
 
 
-def verify(path: Path, index: Index, files: Iterator[str] | list[str]) -> None:
+def verify(path: Path, index: Index, files: Iterable[str]) -> None:
     """Compare files with what the index says of them.
 
     Raises:
@@ -334,7 +334,7 @@ def verify(path: Path, index: Index, files: Iterator[str] | list[str]) -> None:
             tensors than its place demands.
     """
     holds: dict[str, dict[str, tuple[Size, Size, str]]] = {}
-    for key, found in pieces(index).items():
+    for key, found in index.pieces.items():
         stored = index.tensors[key]
         for piece in found:
             facts = (piece.block.offset, piece.block.shape, DTYPES[stored.dtype])
@@ -388,8 +388,8 @@ class Reader:
 
     def __init__(self, path: Path, index: Index) -> None:
         self.path, self.index = path, index
-        self._pieces = pieces(index)
-        self._stack, self._open = ExitStack(), {}  # type: ExitStack, dict[str, Any]
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
 
     def __enter__(self) -> Reader:
         return self
@@ -403,7 +403,7 @@ class Reader:
         shape = tuple(map(max, zip(*(_ends(b) for b in wanted), strict=True)))
         part = torch.empty(shape, dtype=getattr(torch, stored.dtype))
         filled = 0
-        for piece in self._pieces[key]:
+        for piece in self.index.pieces[key]:
             for block in wanted:
                 shared = overlap(piece.block, block)
                 if shared is not None:

@@ -89,7 +89,7 @@ def _cut(runs: Sequence[_Run], shard: Shard, count: int, index: int) -> list[_Ru
     length = sum(run.length for run in runs)
     segment, rest = divmod(length, shard.segments)
     part, left = divmod(segment, count)
-    assert not rest and not left, f"{length} entries into {shard.segments} x {count}"
+    assert rest == left == 0, f"{length} entries into {shard.segments} x {count}"
     kept: list[_Run] = []
     for number in range(shard.segments):
         for run in _taken(runs, number * segment + index * part, part):

@@ -30,7 +30,6 @@ from fold_impl.groups import FoldGroups
 from fold_impl.layout import FoldLayout
 from fold_impl.points import Points
 from fold_impl.states import (
-    PlainError,
     StateValue,
     from_plain,
     load_random_state,
@@ -42,7 +41,7 @@ __all__ = ["CheckpointError", "CheckpointedEngine", "Loaded", "export", "load", 
 
 T, S = TypeVar("T"), TypeVar("S")
 OptimizerState = Mapping[str, Mapping[str, StateValue]]
-"""parameter name -> {entry: this rank's part shaped like the parameter's, a 0-d tensor, a number}."""
+"""parameter name -> {entry: part shaped like this rank's of the parameter, 0-d tensor, number}."""
 EXPORT_SHARD_BYTES = 5 * 10**9
 """Largest exported file: transformers' own default."""
 
@@ -119,24 +118,25 @@ class _Ranks:
         Who must call: every rank of the stage, also one that has nothing to do.
 
         Raises:
-            CheckpointError: any rank raised one, or an OSError; the lowest rank's, on every rank.
+            CheckpointError: any rank raised something: the lowest rank's words, on every rank.
         """
-        told: tuple[CheckpointError | None, Any]
+        cause: Exception | None = None
+        told: tuple[CheckpointError | None, Any] = (None, None)
         try:
             result, share = work()
             told = (None, share)
         except CheckpointError as error:
             told = (error, None)
-        except (OSError, PlainError) as error:
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            cause = error
             told = (CheckpointError(f"{type(error).__name__}: {error}", "checkpoint"), None)
         everyone = self._exchange(told)
         failed = [(rank, e) for rank, (e, _) in enumerate(everyone) if e is not None]
         if failed:
-            rank, error = failed[0]
+            rank, first = failed[0]
             alone = "" if len(failed) == len(everyone) else f"rank {rank}: "
-            raise CheckpointError(
-                f"{error.problem}", f"{alone}{error.where}", error.expected, error.found
-            )
+            where = f"{alone}{first.where}"
+            raise CheckpointError(first.problem, where, first.expected, first.found) from cause
         return result, [share for _, share in everyone]
 
     def _exchange(self, told: T) -> list[T]:
@@ -208,9 +208,7 @@ def save(
     token = shares[0]["token"]
     partial = root / f".{tag}.partial-{token}"
     try:
-        ranks.together(lambda: (_agree(shares), None))
-        if ranks.first:
-            ranks_cleared(root, tag)
+        ranks.together(lambda: (_agree(shares), ranks.first and _clear(root, tag)))
         index = _index(engine, draft, tag, shares[0])
         _, reports = ranks.together(lambda: (None, _written(engine, draft, index, partial)))
         files = {file: facts for report in reports for file, facts in report.items()}
@@ -314,7 +312,7 @@ def _agree(shares: Sequence[Mapping[str, Any]]) -> None:
             raise CheckpointError(problem, f"rank {rank}", shares[0]["digest"], share["digest"])
 
 
-def ranks_cleared(root: Path, tag: str) -> None:
+def _clear(root: Path, tag: str) -> None:
     """Remove what killed saves of this tag left behind."""
     for leftover in root.glob(f".{tag}.partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -341,7 +339,7 @@ def _written(
     layout, rank = engine.groups.layout, engine.groups.rank
     tensors: dict[str, dict[str, Tensor]] = {}
     offsets: dict[str, dict[str, Size]] = {}
-    for entry, found in archive.pieces(index).items():
+    for entry, found in index.pieces.items():
         mine = [piece for piece in found if piece.rank == rank]
         for number, piece in enumerate(mine):
             key = index.tensors[entry].key
@@ -349,7 +347,7 @@ def _written(
             offsets.setdefault(piece.file, {})[key] = piece.block.offset
     generators = random_state(_device(engine))
     file = archive.random_file(layout.rank_in("dp", rank), layout.rank_in("tp", rank))
-    tensors[file], offsets[file] = generators, {key: (0,) for key in generators}
+    tensors[file], offsets[file] = generators, dict.fromkeys(generators, (0,))
     return {
         file: archive.write_tensors(partial, file, tensors.pop(file), offsets[file])
         for file in list(tensors)

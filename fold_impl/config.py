@@ -96,9 +96,21 @@ OFF: Mapping[str, tuple[object, ...]] = {
     "gradient_predivide_factor": (1.0,),
     "gradient_allreduce_op": ("mean",),
     "managed_gradient_accumulation": (True,),
+    "zero_optimization.reduce_scatter": (True,),
+    "zero_optimization.round_robin_gradients": (False,),
+    "zero_optimization.compute_grad_norm": (True,),
+    "sparse_gradients": (False,),
+    "amp.enabled": (False,),
 }
 """Dotted key that folding does not support yet -> the values that leave it off."""
 
+PRECISIONS = {None: "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""Precision of the model -> how DeepSpeed's `data_types` spells it."""
+PRECISION_SPELLINGS = {
+    **dict.fromkeys(("fp32", "float32", "torch.float32"), "fp32"),
+    **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16"), "bf16"),
+    **dict.fromkeys(("fp16", "float16", "torch.float16"), "fp16"),
+}
 
 ADAM_PARAMS: Mapping[str, Check] = {
     "lr": COEFFICIENT,
@@ -158,6 +170,8 @@ class FoldConfig:
     partition_config: Mapping[str, Any] | None = None
     load_balance_coef: float = 0.0
     z_loss_coef: float = 0.0
+    coalesce_grad_reduction: bool = False
+    """ZeRO-1/2: keep gradients local until the last micro-batch, then reduce them once."""
     aux_scope: AuxScope = "rank"
     """Tokens an auxiliary loss is a function of, per micro-batch: this dp rank's, or all."""
     train_batch_size: int = 1
@@ -195,6 +209,8 @@ class FoldConfig:
         fields |= _read_training(top)
         fields["engine"] = _engine(fields.pop("engine"), fields)
         _refuse_not_yet(config)
+        if fields["engine"] == "deepspeed":
+            _refuse_paths(config, layout, fields)
         fields |= _read_rest(top, fields["engine"])
         return cls(layout=layout, source=copy.deepcopy(dict(config)), **fields)
 
@@ -306,6 +322,7 @@ def _read_folding(folding: Section, preset_model: str | None) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "engine": folding.take("engine", one_of("native", "deepspeed"), None),
         "strategy": folding.take("strategy", one_of(*STRATEGIES), "route_full"),
+        "coalesce_grad_reduction": folding.take("coalesce_grad_reduction", BOOLEAN, False),
         "preset": folding.take("preset", optional(TABLE), None),
         "load_balance_coef": float(folding.take("load_balance_coef", COEFFICIENT, 0.0)),
         "z_loss_coef": float(folding.take("z_loss_coef", COEFFICIENT, 0.0)),
@@ -405,6 +422,34 @@ def _refuse_not_yet(config: Mapping[str, Any]) -> None:
             present, value = key in config and not inner, table
         if present and value not in off:
             raise Unsupported("not supported with folding yet", dotted, value, off)
+
+
+def _refuse_paths(
+    config: Mapping[str, Any], layout: FoldLayout, fields: Mapping[str, Any]
+) -> None:
+    """Refuse combinations on which DeepSpeed's engine is wrong or does not exist."""
+    stage, model = fields["zero_stage"], PRECISIONS[fields["dtype"]]
+    key = "data_types.grad_accum_dtype"
+    asked = (config.get("data_types") or {}).get("grad_accum_dtype") or model
+    accumulated = PRECISION_SPELLINGS.get(asked)
+    if accumulated is None:
+        raise ConfigError("unknown dtype", key, asked, sorted(PRECISION_SPELLINGS))
+    if stage == 0 and accumulated != model:
+        problem = f"DeepSpeed has no ZeRO-0 that accumulates {model} gradients in another dtype"
+        raise Unsupported(problem, key, asked, [model])
+    whole = (stage, model, accumulated) == (1, "bf16", "fp32")  # keeps whole gradients, not pieces
+    if fields["coalesce_grad_reduction"] and (stage == 0 or whole):
+        problem = "DeepSpeed's coalesce_grad_reduction needs ZeRO-1 or 2, " + (
+            "and not bf16 accumulated in fp32 at ZeRO-1" if whole else "not 0"
+        )
+        raise Unsupported(problem, "folding.coalesce_grad_reduction", True, [False])
+    contiguous = (config.get("zero_optimization") or {}).get("contiguous_gradients", True)
+    sharded = max(layout.tp_size, layout.ep_size * layout.etp_size) > 1
+    if not contiguous and (stage == 2 or (stage == 1 and sharded and not whole)):
+        problem = "DeepSpeed averages gradients of different shards" if stage == 1 else (
+            "DeepSpeed has no ZeRO-2 without contiguous gradients"
+        )
+        raise Unsupported(problem, "zero_optimization.contiguous_gradients", False, [True])
 
 
 def _read_rest(top: Section, engine: Engine) -> dict[str, Any]:

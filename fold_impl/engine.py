@@ -6,7 +6,9 @@ layer is folded. Easy to get wrong: nothing is reduced before the last micro-bat
 
 from __future__ import annotations
 
+import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from fold_impl import checkpoint, states
 from fold_impl.config import ConfigError, FoldConfig
 from fold_impl.convert import fold
 from fold_impl.families import FoldedParameter
@@ -144,6 +147,106 @@ class NativeEngine:
             )
         self.points("step.optimizer", self.optimizer).step()
 
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Write a checkpoint as `save_dir/tag` and make it the latest, as DeepSpeed's engine does.
+
+        Args:
+            save_dir: directory of the run's checkpoints, shared by the ranks.
+            tag: default `global_step<N>`.
+            client_state: JSON of the caller's, given back by `load_checkpoint`.
+
+        Who must call: every rank.
+
+        Raises:
+            CheckpointError: on every rank alike; earlier checkpoints are as they were.
+        """
+        tag = f"global_step{self.global_steps}" if tag is None else tag
+        checkpoint.save(self, save_dir, tag, client_state)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        *,
+        reshard: bool = False,
+        load_module_only: bool = False,
+    ) -> tuple[str, dict[str, Any]]:
+        """Go on from a checkpoint; see `checkpoint.load`, which also gives its notes as values.
+
+        Args:
+            load_dir: directory it was saved to.
+            tag: default: the latest.
+            reshard: accept a checkpoint of another layout and cut it anew; warns, on rank 0,
+                about what cannot be exact then.
+            load_module_only: weights and buffers only.
+
+        Returns:
+            (path of the checkpoint, client state).
+
+        Raises:
+            CheckpointError: on every rank alike; the engine is as it was.
+        """
+        loaded = checkpoint.load(
+            self, load_dir, tag, reshard=reshard, module_only=load_module_only
+        )
+        for note in loaded.notes if self.groups.rank == 0 else ():
+            warnings.warn(note, stacklevel=2)
+        return str(loaded.path), loaded.client_state
+
+    def master_weights(self) -> dict[str, Tensor]:
+        """Give this rank's part of every parameter."""
+        return {member.name: member.parameter.detach() for member in self.folded_parameters}
+
+    @torch.no_grad()
+    def load_master_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set this rank's part of every parameter."""
+        for member in self.folded_parameters:
+            member.parameter.copy_(weights[member.name])
+
+    def optimizer_state(self) -> checkpoint.OptimizerState:
+        """Give the optimizer's state by parameter name."""
+        return states.optimizer_state(self.optimizer, self.folded_parameters)
+
+    def load_optimizer_state(self, state: checkpoint.OptimizerState) -> None:
+        """Replace the optimizer's state."""
+        states.load_optimizer_state(self.optimizer, self.folded_parameters, state)
+
+    def training_state(self) -> dict[str, Any]:
+        """Give counters, optimizer options and schedule.
+
+        Raises:
+            CheckpointError: between two micro-batches of a step, whose gradients are not saved.
+        """
+        gas = self.gradient_accumulation_steps()
+        if done := self.micro_steps % gas:
+            found = f"after micro-batch {done} of {gas}"
+            raise checkpoint.CheckpointError("not at", "engine", "the end of a step", found)
+        return {"global_steps": self.global_steps, "micro_steps": self.micro_steps, "gas": gas} | (
+            states.trainer_state(self.optimizer, self.lr_scheduler, self.folded_parameters)
+        )
+
+    def check_training_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of another optimizer, other parameter groups or another schedule."""
+        present = states.trainer_state(self.optimizer, self.lr_scheduler, self.folded_parameters)
+        states.check_trainer_state(present, state)
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Set counters, options and schedule, and drop what a step has accumulated."""
+        gas = self.gradient_accumulation_steps()
+        self.global_steps = state["global_steps"]
+        # with another accumulation the saved count could end inside a step
+        same = state["gas"] == gas
+        self.micro_steps = state["micro_steps"] if same else self.global_steps * gas
+        states.load_trainer_state(self.optimizer, self.lr_scheduler, state)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._norm, self._reduced = None, False
+
 
 def initialize(
     model: nn.Module,
@@ -171,13 +274,12 @@ def initialize(
             group exists.
     """
     parsed = FoldConfig.from_dict(dict(config), world_size=_world_size())
-    if parsed.layout.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    _join_world(parsed)
     rank = dist.get_rank() if dist.is_initialized() else 0
     engine = build_engine(
         model, parsed, rank, optimizer, model_parameters, lr_scheduler=lr_scheduler
     )
-    return engine, engine.optimizer, None, lr_scheduler
+    return engine, engine.optimizer, None, engine.lr_scheduler
 
 
 def build_engine(
@@ -190,10 +292,17 @@ def build_engine(
     lr_scheduler: Any = None,
     new_group: NewGroup = dist.new_group,
     points: Points | None = None,
-) -> NativeEngine:
-    """Fold and wrap with everything passed in: rank, process groups, points."""
+) -> Any:
+    """Fold and wrap with everything passed in: rank, process groups, points.
+
+    Returns:
+        `NativeEngine`, or `fold_impl.zero.ZeroEngine` where the config asks for DeepSpeed's.
+    """
     points = points or Points()
     preset = find_preset(config.preset_model, config.preset)
+    zero = _zero(config)
+    if zero is not None:
+        zero.check(model, config, optimizer, lr_scheduler)
     before = dict(model.named_parameters())
     groups = build_groups(config.layout, rank, new_group, points)
     auxiliary = AuxiliaryOptions(config.load_balance_coef, config.z_loss_coef, config.aux_scope)
@@ -206,7 +315,16 @@ def build_engine(
         if config.optimizer is None:
             raise ConfigError("missing", "optimizer", None, "a section, or an optimizer object")
         optimizer = make_optimizer(config.optimizer, chosen)
+    if zero is not None:
+        return zero.build_zero_engine(
+            model, parameters, groups, config, optimizer, lr_scheduler, new_group, points
+        )
     return NativeEngine(model, parameters, groups, config, optimizer, lr_scheduler, points)
+
+
+def _zero(config: FoldConfig) -> Any:
+    """Import what drives DeepSpeed's engine, which takes seconds, only where it is asked for."""
+    return importlib.import_module("fold_impl.zero") if config.engine == "deepspeed" else None
 
 
 def _adopt(optimizer: torch.optim.Optimizer, new: Mapping[int, nn.Parameter]) -> None:
@@ -226,6 +344,21 @@ def _renewed(parameters: Iterable[Any] | None, new: Mapping[int, nn.Parameter]) 
         else new.get(id(p), p)
         for p in parameters
     ]
+
+
+def _join_world(config: FoldConfig) -> None:
+    """Make the default process group where the launcher's program has not; one rank needs none.
+
+    DeepSpeed's engine needs one even then, and the launcher's LOCAL_RANK.
+    """
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if dist.is_initialized():
+        return
+    if config.layout.world_size > 1:
+        dist.init_process_group(backend)
+    elif config.engine == "deepspeed":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
 
 
 def _world_size() -> int:

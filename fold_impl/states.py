@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fold_impl.archive import CheckpointError
 from fold_impl.families import FoldedParameter
 
 StateValue = Tensor | float | int | bool | None
@@ -137,6 +138,54 @@ def load_parameter_groups(
                 present.copy_(value)
             else:
                 group[key] = value
+
+
+def trainer_state(
+    optimizer: torch.optim.Optimizer, lr_scheduler: Any, parameters: Sequence[FoldedParameter]
+) -> dict[str, Any]:
+    """Describe optimizer and schedule as JSON: their kinds, options and progress."""
+    scheduler = None
+    if lr_scheduler is not None:
+        state = to_plain(lr_scheduler.state_dict(), "lr_scheduler")
+        scheduler = {"type": type(lr_scheduler).__name__, "state": state}
+    return {
+        "optimizer": type(optimizer).__name__,
+        "groups": parameter_groups(optimizer, parameters),
+        "scheduler": scheduler,
+    }
+
+
+def check_trainer_state(present: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse the state of another optimizer, other parameter groups or another schedule.
+
+    Args:
+        present: `trainer_state` of the run that is to go on.
+        saved: that of the checkpoint.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    for what, kind in (("optimizer", str), ("scheduler", _type_of)):
+        expected, found = kind(present[what]), kind(saved[what])
+        if expected != found:
+            raise CheckpointError(f"of another {what}", "training state", expected, found)
+    groups = [[group["names"] for group in state["groups"]] for state in (present, saved)]
+    if groups[0] != groups[1]:
+        sizes = [f"groups of {[len(names) for names in found]} parameters" for found in groups]
+        raise CheckpointError("other parameter groups", "training state", *sizes)
+
+
+def _type_of(scheduler: Mapping[str, Any] | None) -> str:
+    return "none" if scheduler is None else str(scheduler["type"])
+
+
+def load_trainer_state(
+    optimizer: torch.optim.Optimizer, lr_scheduler: Any, saved: Mapping[str, Any]
+) -> None:
+    """Set options and schedule."""
+    load_parameter_groups(optimizer, saved["groups"])
+    if lr_scheduler is not None:
+        lr_scheduler.load_state_dict(from_plain(saved["scheduler"]["state"]))
 
 
 # ---------------------------------------------------------------- generators

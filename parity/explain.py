@@ -710,24 +710,15 @@ def fitting(observation: Observation) -> list[Cause]:
 def causes(rows: Iterable[Row], case: Case | None = None) -> list[Cause]:
     """Give the set of causes of one failing case; empty where nothing fails.
 
-    The baseline's run takes part: a cause must explain it where it fails, and be invisible on it
-    where it passes, unless no cause is (an implementation may have code for folded runs alone).
+    Where the baseline's run fails, too, a cause must explain both. That it passes says nothing: an
+    implementation may have code for folded runs alone.
     """
-    cells = observe(rows, case)
-    bad = [o for o in cells if o.failing]
+    bad = [o for o in observe(rows, case) if o.failing]
     if not bad:
         return []
-    both = [c for c in fitting(bad[0]) if all(_consistent(c, o) for o in cells)]
-    if both:
-        return both
-    folded = next((o for o in bad if o.folded), bad[0])
-    return fitting(folded)
-
-
-def _consistent(cause: Cause, observation: Observation) -> bool:
-    if observation.failing:
-        return cause.id in FALLBACKS or matches(cause, observation)
-    return cause.visible(observation.setting) is not True
+    bad.sort(key=lambda o: not o.folded)
+    found = fitting(bad[0])
+    return [c for c in found if all(matches(c, o) for o in bad[1:])] or found
 
 
 def intersect(
@@ -745,17 +736,16 @@ def intersect(
     """
     cells = [o for rows in results for o in observe(rows, (cases or {}).get(rows[0].case))]
     bad = [o for o in cells if o.failing]
-    good = [o for o in cells if not o.failing]
+    good = [o for o in cells if not o.failing and o.folded]
     counted = [(c, sum(matches(c, o) for o in bad)) for c in CAUSES if c.id not in FALLBACKS]
-    for passing in (good, [o for o in good if o.folded]):
-        left = [
-            (cause, count)
-            for cause, count in counted
-            if count and not any(cause.visible(o.setting) is True for o in passing)
-        ]
-        if left:
-            most = max(count for _, count in left)
-            return [cause for cause, count in left if count == most]
+    left = [
+        (cause, count)
+        for cause, count in counted
+        if count and not any(cause.visible(o.setting) is True for o in good)
+    ]
+    if left:
+        most = max(count for _, count in left)
+        return [cause for cause, count in left if count == most]
     return [c for c in CAUSES if c.id in FALLBACKS and any(matches(c, o) for o in bad)]
 
 

@@ -118,7 +118,7 @@ def page_data(cells: Sequence[Cell], rerun: Rerun) -> dict[str, Any]:
     """Build the JSON of the page: tables of words, and cells that refer to them.
 
     Returns:
-        `words`: name -> list; `cells`: lists as `FIELDS` of templates/report.js names them.
+        `words`: name -> list; `cells`: lists as `cellOf` and `entryOf` of templates/report.js read them.
     """
     seen = {entry.family for cell in cells for entry in cell.entries}
     words = {

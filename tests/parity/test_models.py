@@ -30,7 +30,7 @@ def tokens(seed: int, length: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def hand_made(top_k: int, **changes: Any) -> models.MoE:
-    """Make a MoE whose expert e gives (e + 1) * silu(x0)^2-free numbers: see the test below.
+    """Make a MoE whose output can be told by hand.
 
     Router logits are x0 * (0, ln 2, ln 3, ln 6): at x0 = 1 softmax gives (1, 2, 3, 6) / 12. Expert
     e maps entry 0 to (e + 1) * silu(x0) * x0 in entry 0.
@@ -39,7 +39,7 @@ def hand_made(top_k: int, **changes: Any) -> models.MoE:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()
-        layer.router.weight[:, 0] = torch.tensor([1.0, 2.0, 3.0, 6.0]).log()
+        layer.router.weight[:, 0] = torch.tensor([1.0, 2.0, 3.0, 6.0]).double().log()
         layer.experts.w1[:, 0, 0] = 1.0
         layer.experts.w3[:, 0, 0] = 1.0
         layer.experts.w2[:, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()

@@ -1,0 +1,577 @@
+"""DeepSpeed's own engine under a folded model: ZeRO 0, 1 and 2, mixed precision, from outside.
+
+Owns what DeepSpeed is told about groups and families, and what of its engine is replaced because
+it is wrong for folded layouts (docs/findings). Must not know modules' forward. Easy to get wrong:
+DeepSpeed divides every gradient by the size of its data-parallel group, whatever the family.
+
+The trick: the whole stage (tp * dp ranks) is DeepSpeed's data-parallel group.
+
+    rule               summed over   DeepSpeed divides by   still owed
+    AVERAGE            stage         tp dp                  1
+    SUM                stage         tp dp                  tp
+    SKIP               dp            tp dp                  tp
+    EXPERT_TP_CANCEL   edp           tp dp                  1
+    EXPERT             edp           tp dp                  tp
+
+What is owed is put on the leaf by a tensor hook: linear, hence exact under any accumulation,
+applied once per micro-batch before DeepSpeed sees the gradient, and without a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from deepspeed import comm
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaleConfig, LossScaleProfile
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups as registry
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from fold_impl.config import ConfigError, FoldConfig, Unsupported
+from fold_impl.families import FoldedParameter, Rule, rule_of
+from fold_impl.groups import AXES, FoldGroups, Group, NewGroup
+from fold_impl.layout import FoldLayout
+from fold_impl.moe import FoldedMoE
+from fold_impl.optimizers import Lion
+from fold_impl.points import Points
+from fold_impl.reduce import clip_coefficient, global_norm
+
+ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, Lion)
+"""Optimizers that may see a flat piece of several parameters: they treat each entry alone."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Parameters that DeepSpeed reduces over one group.
+
+    name: None for its data-parallel group, else that of an "expert" group. DeepSpeed rebuilds the
+    name of the largest one as ep_size_<int>, so no other spelling works.
+    """
+
+    name: str | None
+    replicas: Group
+    """Ranks that hold the same parts: what is summed over."""
+    shards: Group
+    """One rank of every distinct part: what DeepSpeed adds norms and overflows over."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A folded parameter as DeepSpeed is to see it; `factor` is what the table above calls owed."""
+
+    folded: FoldedParameter
+    kind: Kind
+    factor: float
+
+
+class StageUnit:
+    """What DeepSpeed asks an `mpu`: it reduces over the stage, and counts batches by dp.
+
+    No model parallelism is visible, so nothing is filtered out of norms. The size of the
+    data-parallel *world* feeds only the arithmetic of batch sizes and progress counters.
+    """
+
+    def __init__(self, stage: Group, dp_size: int, own: Group) -> None:
+        self._stage, self._dp_size, self._own = stage, dp_size, own
+
+    def get_data_parallel_group(self) -> Any:
+        """Give the group gradients are reduced and optimizer states are divided over."""
+        return self._stage.handle
+
+    def get_data_parallel_world_size(self) -> int:
+        """Give the number of ranks that see different samples."""
+        return self._dp_size
+
+    def get_data_parallel_rank(self) -> int:
+        """Give this rank's place in the group."""
+        return self._stage.index
+
+    def get_model_parallel_group(self) -> Any:
+        """Give this rank alone."""
+        return self._own.handle
+
+    def get_model_parallel_world_size(self) -> int:
+        """Give 1."""
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        """Give 0."""
+        return 0
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything DeepSpeed's engine is told about a folded model."""
+
+    members: Sequence[Member]
+    groups: FoldGroups
+    stage: Group
+    unit: StageUnit
+
+    def kinds(self) -> list[Kind]:
+        """List the kinds in use, in an order equal on all ranks."""
+        return list({member.kind.name: member.kind for member in self.members}.values())
+
+    def register(self) -> None:
+        """Make these groups those of DeepSpeed's module, which keeps one set for all engines."""
+        registry._release_process_group_references(None)
+        registry._WORLD_GROUP = self.stage.handle
+        registry.mpu = self.unit
+        for kind in self.kinds():
+            if kind.name is not None:
+                registry._EXPERT_PARALLEL_GROUP[kind.name] = kind.shards.handle
+                registry._EXPERT_PARALLEL_GROUP_RANKS[kind.name] = list(kind.shards.ranks)
+                registry._EXPERT_DATA_PARALLEL_GROUP[kind.name] = kind.replicas.handle
+                registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[kind.name] = list(kind.replicas.ranks)
+
+
+def make_plan(
+    parameters: Sequence[FoldedParameter], groups: FoldGroups, new_group: NewGroup, points: Points
+) -> Plan:
+    """Assign every parameter its kind and factor.
+
+    Collective: every rank of the world calls it alike (it makes process groups).
+    """
+    layout, rank = groups.layout, groups.rank
+    handles = _handles(groups, new_group)
+
+    def group(ranks: tuple[int, ...]) -> Group:
+        return Group(ranks, ranks.index(rank), handles[ranks])
+
+    stage, own = group(groups.stage.ranks), group((rank,))
+    model = group(layout.group_of("expert_model", rank))
+    kinds = {
+        "stage": Kind(None, stage, own),
+        "dp": Kind("ep_size_0", group(groups.dp.ranks), group(groups.tp.ranks)),
+        "edp": Kind(f"ep_size_{model.size}", group(groups.edp.ranks), model),
+    }
+    members = []
+    for folded in parameters:
+        rule: Rule = rule_of(folded.placement, partial=folded.partial)
+        rule = points(
+            "reduce.rule", rule, name=folded.name, family=folded.family, layout=layout
+        )
+        kind = kinds[rule.axis()]
+        if kind.replicas.size == stage.size:
+            kind = kinds["stage"]
+        factor = layout.tp_size * layout.dp_size / rule.divisor(layout)
+        members.append(Member(folded, kind, factor))
+    return Plan(members, groups, stage, StageUnit(stage, layout.dp_size, own))
+
+
+def _handles(groups: FoldGroups, new_group: NewGroup) -> dict[tuple[int, ...], Any]:
+    """Give a process group for every rank tuple DeepSpeed may be shown, singletons included.
+
+    Where folding itself needs no communicator, None would mean the whole world to DeepSpeed.
+    """
+    layout, rank = groups.layout, groups.rank
+    held = [getattr(groups, axis) for axis in AXES]
+    handles = {group.ranks: group.handle for group in held if group.handle is not None}
+    made = {ranks for axis in AXES for ranks in layout.groups(axis) if len(ranks) > 1}
+    for ranks in (*layout.groups("expert_model"), *_singletons(layout)):
+        if ranks not in made:
+            made.add(ranks)
+            handle = new_group(ranks)
+            if rank in ranks:
+                handles[ranks] = handle
+    return handles
+
+
+def _singletons(layout: FoldLayout) -> list[tuple[int, ...]]:
+    return [(rank,) for rank in range(layout.world_size)]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def check(
+    model: nn.Module, config: FoldConfig, optimizer: torch.optim.Optimizer | None, schedule: Any
+) -> None:
+    """Refuse objects that DeepSpeed's engine cannot take here, before any group exists.
+
+    Raises:
+        Unsupported: an optimizer that does not work on flat pieces, or a model of another dtype.
+        ConfigError: a schedule bound to parameter groups that are about to be split.
+    """
+    if optimizer is not None and type(optimizer) not in ELEMENTWISE:
+        allowed = [kind.__name__ for kind in ELEMENTWISE]
+        problem = "not known to work on flat pieces of several parameters"
+        raise Unsupported(problem, "optimizer", type(optimizer).__name__, allowed)
+    if schedule is not None and not callable(schedule):
+        allowed_text = "a callable (optimizer) -> schedule, or the config's scheduler section"
+        problem = "bound to parameter groups that DeepSpeed needs split by family"
+        raise ConfigError(problem, "lr_scheduler", type(schedule).__name__, allowed_text)
+    if config.dtype is None:
+        other = {p.dtype for p in model.parameters()} - {torch.float32}
+        if other:
+            problem = "DeepSpeed without bf16 or fp16 runs in float32 (native runs in any dtype)"
+            raise Unsupported(problem, "model's dtype", min(map(str, other)), ["torch.float32"])
+
+
+# ---------------------------------------------------------------- the engine
+
+
+def build_zero_engine(
+    model: nn.Module,
+    parameters: Sequence[FoldedParameter],
+    groups: FoldGroups,
+    config: FoldConfig,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    new_group: NewGroup,
+    points: Points,
+) -> ZeroEngine:
+    """Start DeepSpeed's engine on an already folded model.
+
+    Collective: every rank of the world, with the same arguments but its own parts.
+    """
+    if not comm.is_initialized():
+        comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+    plan = make_plan(parameters, groups, new_group, points)
+    for member in plan.members:
+        if member.kind.name is not None:
+            member.folded.parameter.allreduce = False  # type: ignore[attr-defined]
+            member.folded.parameter.group_name = member.kind.name  # type: ignore[attr-defined]
+    _split_groups(optimizer, plan.members)
+    plan.register()
+    return ZeroEngine(model, plan, config, optimizer, schedule, points)
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, members: Sequence[Member]) -> None:
+    """Split the optimizer's groups so that each holds one kind, as DeepSpeed wants it.
+
+    Frozen parameters leave; a group that would be empty is left out.
+    """
+    kinds = {id(member.folded.parameter): member.kind.name for member in members}
+    split = []
+    for group in optimizer.param_groups:
+        parts: dict[str | None, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parts.setdefault(kinds[id(parameter)], []).append(parameter)
+        for name, part in parts.items():
+            marks = {"name": "dense"} if name is None else {"name": name, "moe": True}
+            split.append({**group, **marks, "params": part})
+    optimizer.param_groups[:] = split
+
+
+class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
+    """DeepSpeed's engine on a folded model; the training loop is DeepSpeed's.
+
+    Per micro-batch: `loss = engine(...)`, `engine.backward(loss)`, `engine.step()`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        config: FoldConfig,
+        optimizer: torch.optim.Optimizer,
+        schedule: Any,
+        points: Points,
+    ) -> None:
+        """Start DeepSpeed's engine and put the owed factors on the leaves.
+
+        Args:
+            model: folded.
+            plan: groups and factors; registered.
+            config: whole config.
+            optimizer: over the folded parameters, its groups split by kind.
+            schedule: callable (optimizer) -> schedule, or None.
+            points: of the engine; only those in the forward and `reduce.rule` act here.
+        """
+        self.plan, self.fold_config, self.points = plan, config, points
+        self.folded_parameters = [member.folded for member in plan.members]
+        self._window: contextlib.ExitStack | None = None
+        passed = {**config.for_deepspeed(), "zero_allow_untested_optimizer": True}
+        super().__init__(
+            args=None,
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            mpu=plan.unit,
+            config=passed,
+            config_class=DeepSpeedConfig(passed, plan.unit),
+        )
+        held = {id(p) for group in _model_groups(self.optimizer) for p in group}
+        self._trained = [m.folded for m in plan.members if id(m.folded.parameter) in held]
+        self._hooks = [
+            member.folded.parameter.register_hook(_times(member.factor))
+            for member in plan.members
+            if member.factor != 1.0 and member.folded.parameter.requires_grad
+        ]
+
+    # ------------------------------------------------------------ what DeepSpeed is told
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        super()._configure_distributed_model(model)
+        # DeepSpeed looks for its own MoE layer; ours makes it reduce by family all the same
+        self.has_moe_layers = any(kind.name is not None for kind in self.plan.kinds())
+
+    def _configure_fp16_optimizer(self, optimizer: Any, low_precision_dtype: torch.dtype) -> Any:
+        scales = LossScaleConfig(
+            low_precision_dtype=low_precision_dtype,
+            dynamic_loss_scale=self.dynamic_loss_scale(),
+            static_loss_scale=self.loss_scale(),
+            dynamic_loss_args=self.dynamic_loss_scale_args(),
+            profile=LossScaleProfile.UNFUSED,
+        )
+        made = StageZeroOptimizer(
+            optimizer,
+            deepspeed=self,
+            loss_scale_config=scales,
+            low_precision_dtype=low_precision_dtype,
+            mpu=self.mpu,
+            clip_grad=self.gradient_clipping(),
+        )
+        made.global_norm_of = self._norm_of_masters
+        return made
+
+    # ------------------------------------------------------------ one step
+
+    def moe_layer_modules(self) -> list[FoldedMoE]:
+        """List the folded MoE layers in forward order (`moe_layers` is DeepSpeed's own list)."""
+        return [module for module in self.module.modules() if isinstance(module, FoldedMoE)]
+
+    def auxiliary_loss(self) -> Tensor | float:
+        """Give the routers' auxiliary losses of the last forward, to be added to the loss."""
+        return sum(layer.auxiliary for layer in self.moe_layer_modules())
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
+        """Add the gradient of loss / gas to what the step has accumulated.
+
+        Gradients are reduced where DeepSpeed does: in hooks (ZeRO-2, overlap_comm) or after the
+        last micro-batch; with `folding.coalesce_grad_reduction` always only after the last.
+        """
+        self.plan.register()
+        if self.fold_config.coalesce_grad_reduction and self._window is None:
+            self._window = contextlib.ExitStack()
+            self._window.enter_context(self.coalesce_grad_reduction())
+        scale = self.optimizer.scale_missed_by_backward if self._is_stage_zero_low() else 1.0
+        scaled = loss.float() * scale if scale != 1.0 else loss
+        out = super().backward(scaled, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        if self._window is not None and self.is_gradient_accumulation_boundary():
+            self._window.close()
+            self._window = None
+        return out / scale if scale != 1.0 else out
+
+    def step(self, lr_kwargs: Any = None) -> None:
+        """End a micro-batch; at the boundary clip by the true global norm and update.
+
+        Collective at the boundary: every rank of the stage.
+        """
+        if self._window is not None:  # nothing is reduced yet: DeepSpeed would refuse
+            self.micro_steps += 1
+            return
+        self.plan.register()
+        super().step(lr_kwargs)
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        if self._is_plain():
+            self._global_grad_norm = global_norm(self._trained, self.plan.groups, self.points)
+        super()._take_model_step(lr_kwargs)
+
+    def clip_fp32_gradients(self) -> None:
+        """Clip by the norm of the whole gradient, every distinct shard counted once."""
+        assert self._global_grad_norm is not None
+        coefficient = clip_coefficient(float(self._global_grad_norm), self.gradient_clipping())
+        if coefficient != 1.0:
+            gradients = [p.parameter.grad for p in self._trained]
+            torch._foreach_mul_([g for g in gradients if g is not None], coefficient)
+
+    def get_global_grad_norm(self) -> float | None:
+        """Give the norm of the last step's whole gradient before clipping; None before a step."""
+        return None if self._global_grad_norm is None else float(self._global_grad_norm)
+
+    def _norm_of_masters(self, masters: Iterable[tuple[nn.Parameter, Tensor]]) -> float:
+        """Compute the norm of the gradients held by float32 copies of the parameters."""
+        copies = {id(parameter): master for parameter, master in masters}
+        members = [replace(p, parameter=copies[id(p.parameter)]) for p in self._trained]
+        return global_norm(members, self.plan.groups, self.points)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate without reducing, as in DeepSpeed.
+
+        Raises:
+            Unsupported: ZeRO-1 with overlap_comm, whose hooks reduce all the same.
+        """
+        if self.zero_optimization() and self.zero_overlap_comm():
+            problem = "its hooks reduce inside no_sync, and again after it"
+            raise Unsupported(problem, "zero_optimization.overlap_comm", True, [False])
+        with super().no_sync():
+            yield
+
+    def deepspeed_io(self, *_: Any, **__: Any) -> Any:
+        """Refuse DeepSpeed's loader.
+
+        Raises:
+            Unsupported: it would give the lanes of one dp rank different samples.
+        """
+        problem = "DeepSpeed's sampler would give lanes different samples"
+        raise Unsupported(problem, "training_data", "a data set", "a loader sharded over dp only")
+
+    def close(self) -> None:
+        """Take every hook off the model and release DeepSpeed's buffers."""
+        for hook in self._hooks:
+            hook.remove()
+        self.destroy()
+
+    # ------------------------------------------------------------ reading
+
+    def _is_plain(self) -> bool:
+        """Tell whether a torch optimizer works on the parameters themselves (ZeRO-0, float32)."""
+        return isinstance(self.optimizer, torch.optim.Optimizer)
+
+    def _is_stage_zero_low(self) -> bool:
+        return isinstance(self.optimizer, StageZeroOptimizer)
+
+    def local_gradients(self) -> dict[str, Tensor | None]:
+        """Give this rank's part of every gradient: reduced, unscaled, not yet clipped.
+
+        To be called between the backward of the last micro-batch and `step`. Collective under
+        ZeRO-1/2: one all-reduce per kind over the ranks that hold the same parts.
+        """
+        scale = float(self.optimizer.loss_scale) if self.fp16_enabled() else 1.0
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
+            found = self._gathered(
+                lambda p: p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
+            )
+        elif isinstance(self.optimizer, BF16_Optimizer):
+            found = self._by_name(_pairs(self.optimizer.fp32_groups_gradients, self.optimizer))
+        else:
+            found = {
+                p.name: None if p.parameter.grad is None else p.parameter.grad.float()
+                for p in self._trained
+            }
+        whole = {n: g if g is None or scale == 1.0 else g / scale for n, g in found.items()}
+        return {p.name: whole.get(p.name) for p in self.folded_parameters}
+
+    def local_weights(self) -> dict[str, Tensor]:
+        """Give this rank's part of every parameter, float32: the master copy where there is one.
+
+        Collective under ZeRO-1/2 in 16 bit, as `local_gradients`.
+        """
+        weights = {p.name: p.parameter.detach() for p in self.folded_parameters}
+        if self.fp16_enabled() or self.bfloat16_enabled():
+            weights |= self._masters()
+        return weights
+
+    def _masters(self) -> dict[str, Tensor]:
+        if isinstance(self.optimizer, FP16_UnfusedOptimizer):
+            found = self._by_name(_pairs(self.optimizer.fp32_groups, self.optimizer))
+        else:
+            found = self._gathered(lambda p: p._hp_mapping.get_hp_fragment())
+        for member in self._trained:
+            model = member.parameter.detach()
+            rounded = found[member.name].to(model.dtype)
+            assert torch.equal(rounded, model), f"{member.name} is not its master, rounded"
+        return found
+
+    def _by_name(self, pairs: Iterable[tuple[nn.Parameter, Tensor]]) -> dict[str, Tensor]:
+        held = {id(p): tensor.detach().view_as(p).float() for p, tensor in pairs}
+        return {member.name: held[id(member.parameter)] for member in self._trained}
+
+    def _gathered(self, fragment: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        """Rebuild whole local parts out of the fragments ZeRO left on the ranks.
+
+        Forward: all-reduce (sum) over the kind's replicas; every entry lies on exactly one of
+        them, so nothing is rounded. One collective per kind. Who must call: all replicas.
+        """
+        found: dict[str, Tensor] = {}
+        trained = {id(p.parameter) for p in self._trained}
+        for kind in self.plan.kinds():
+            members = [
+                m.folded
+                for m in self.plan.members
+                if m.kind.name == kind.name and id(m.folded.parameter) in trained
+            ]
+            if not members:
+                continue
+            flat = torch.zeros(sum(m.parameter.numel() for m in members), device=self.device)
+            parts = flat.split([m.parameter.numel() for m in members])
+            for member, part in zip(members, parts, strict=True):
+                mapping = getattr(member.parameter, "_hp_mapping", None)
+                if mapping is not None:
+                    at = mapping.lp_fragment_address
+                    piece = fragment(member.parameter).flatten()
+                    part.narrow(0, at.start, at.numel).copy_(piece)
+            dist.all_reduce(flat, group=kind.replicas.handle)
+            for member, part in zip(members, parts, strict=True):
+                found[member.name] = part.view_as(member.parameter)
+        return found
+
+
+class StageZeroOptimizer(FP16_UnfusedOptimizer):  # type: ignore[misc]
+    """DeepSpeed's 16-bit optimizer of ZeRO-0, with a norm that counts every shard once."""
+
+    global_norm_of: Callable[[Iterable[tuple[nn.Parameter, Tensor]]], float]
+
+    def initialize_optimizer_states(self) -> None:
+        """Leave the states to the first step.
+
+        DeepSpeed runs a step on zero gradients here: Adam's counter then starts at 1, and AdamW
+        decays the master weights before training.
+        """
+
+    @property
+    def scale_missed_by_backward(self) -> float:
+        """Factor on the loss that `DeepSpeedEngine.backward` puts on for ZeRO optimizers only."""
+        return float(self.loss_scale) if self.loss_scale_config.use_grad_scaling else 1.0
+
+    def step(self, closure: Any = None) -> bool:
+        """Update the masters, or skip the step on every rank alike if any gradient is not finite.
+
+        One collective: the sum of squares over the stage, whose result is not finite exactly if
+        some gradient of some rank is not.
+        """
+        assert closure is None
+        pairs = list(_pairs(self.fp32_groups, self))
+        for parameter, master in pairs:
+            given = parameter.grad
+            master.grad = torch.zeros_like(master) if given is None else given.to(master.dtype)
+        scaled_norm = self.global_norm_of(pairs)
+        if not math.isfinite(scaled_norm):
+            return bool(self._skip_invalid_grad_norm())
+        self.overflow = False
+        self._global_grad_norm = scaled_norm / self.loss_scale_config.cur_scale
+        self.unscale_and_clip_grads(scaled_norm)
+        self._update_scale(False)
+        self.optimizer.step()
+        for parameter, master in pairs:
+            master.grad = None
+            parameter.data.copy_(master.data)
+        return False
+
+
+def _times(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient * factor
+
+
+def _model_groups(optimizer: Any) -> list[list[nn.Parameter]]:
+    """Give the model's own parameters, group by group, behind any of the four optimizers."""
+    for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
+        if hasattr(optimizer, name):
+            groups: list[list[nn.Parameter]] = getattr(optimizer, name)
+            return groups
+    return [group["params"] for group in optimizer.param_groups]
+
+
+def _pairs(held: Any, optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Pair the model's parameters with what the optimizer holds for each."""
+    for parameters, tensors in zip(_model_groups(optimizer), held, strict=True):
+        yield from zip(parameters, tensors, strict=True)

@@ -1,0 +1,287 @@
+"""Plant every fault, judge the cases in which it must show, and write down who saw it.
+
+Owns the choice of cases, the entries of faults.json and the kill matrix. Must not know points or
+transformations. Easy to get wrong: `killed` means that *every* case a fault must show in failed
+(an Adam case may hide a factor), and an errored case kills nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parity import explain, threads
+from parity.case import Case
+from parity.faults.catalogue import OWN, Fault, facts
+from parity.faults.detectors import DETECTORS, LEGEND, Seen
+from parity.judge import Judge
+from parity.report import tables
+from parity.store import Row
+
+SHAPES = 2
+"""Shapes a fault is shown on: together they tell most factors apart."""
+HIDES = ("adam", "adamw", "lion")
+"""Optimizers under which a fault may hide."""
+
+
+class InProcess:
+    """Ranks as threads of this process: no start-up, and no process to lose."""
+
+    def run(
+        self,
+        world: int,
+        task: str,
+        payloads: Sequence[Any],
+        deadline_s: float,
+        backend: str | None = None,
+    ) -> list[Any]:
+        """Run the trial of a world; world, task and deadline are those of `parity.judge.Pool`."""
+        assert (world, task, backend) == (1, "parity.threads:run", None), task
+        assert deadline_s > 0
+        return [threads.run(None, order) for order in payloads]
+
+
+@dataclass(frozen=True)
+class Killers:
+    """Which rows failed."""
+
+    quantities: tuple[str, ...]
+    families: tuple[str, ...]
+    optimizers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of faults.json.
+
+    `variants` holds the fault itself and its other amounts where it has any; the entry's own
+    figures are theirs together: killed and diagnosed if all are, the largest set of causes.
+    """
+
+    id: str
+    killed: bool
+    killed_by: Killers
+    causes: tuple[str, ...]
+    true_cause: str
+    diagnosed: bool
+    set_size: int
+    seconds: float
+    detectors: dict[str, bool]
+    cases: tuple[str, ...]
+    survived: tuple[str, ...] = ()
+    """Cases that should have shown it and did not."""
+    variants: tuple[Entry, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the entry as plain values."""
+        return {k: v for k, v in asdict(self).items() if v or k not in ("variants", "survived")}
+
+
+def choose(fault: Fault, cases: Iterable[Case]) -> list[Case]:
+    """Choose the smallest set that shows a fault: SHAPES shapes and, on the first, Adam.
+
+    The order of the suite decides: its first shapes tell most causes apart.
+    """
+    able = [case for case in cases if fault.can_show(case)]
+    plain = [case for case in able if case.optimizer.name not in HIDES]
+    chosen: dict[Any, Case] = {}
+    for case in plain or able:
+        chosen.setdefault((case.shape, case.engine.gas), case)
+    kept = list(chosen.values())[:SHAPES]
+    kept += [c for c in able if plain and kept and _same_but_optimizer(c, kept[0])][:1]
+    return kept
+
+
+def _same_but_optimizer(one: Case, other: Case) -> bool:
+    ignored = {"id", "optimizer"}
+    differs = one.optimizer.name != other.optimizer.name
+    return differs and one.model_dump(exclude=ignored) == other.model_dump(exclude=ignored)
+
+
+def run_faults(
+    faults: Sequence[Fault],
+    cases: Sequence[Case],
+    *,
+    judge: Judge | None = None,
+    done: Callable[[Entry], None] = lambda _: None,
+) -> list[Entry]:
+    """Judge every fault on its cases.
+
+    Args:
+        faults: what to plant, one after the other.
+        cases: what to choose from, see `choose`.
+        judge: a judge whose clean runs may be used again.
+        done: told every entry when it is ready.
+    """
+    judge = judge or Judge(implementation="fold_impl", pool=InProcess())
+    entries = []
+    for fault in faults:
+        each = [_run(variant, cases, judge) for variant in fault.all_variants()]
+        entries.append(_merged(each))
+        done(entries[-1])
+    return entries
+
+
+def _run(fault: Fault, cases: Sequence[Case], judge: Judge) -> Entry:
+    start = time.perf_counter()
+    chosen = choose(fault, cases)
+    seen = [observe(fault, case, judge) for case in chosen]
+    causes = diagnose(seen)
+    survived = [
+        s.made_of.case.id for s in seen
+        if not DETECTORS["ours"](s) and (s.optimizer not in HIDES or s is seen[0])
+    ]  # fmt: skip
+    return Entry(
+        id=fault.id,
+        killed=bool(seen) and not survived,
+        killed_by=_killers(seen),
+        causes=causes,
+        true_cause=fault.true_cause,
+        diagnosed=fault.true_cause in causes,
+        set_size=len(causes),
+        seconds=round(time.perf_counter() - start, 3),
+        detectors={name: any(map(sees, seen)) for name, sees in DETECTORS.items()},
+        cases=tuple(case.id for case in chosen),
+        survived=tuple(survived),
+    )
+
+
+def observe(fault: Fault, case: Case, judge: Judge) -> Seen:
+    """Judge one case with a fault planted in the folded run."""
+    planted = judge.with_planted(fault.planted(case))
+    rows = planted.rows(case)
+    assert planted.last is not None, rows[0].reason
+    return Seen(planted.last, rows)
+
+
+def diagnose(seen: Iterable[Seen]) -> tuple[str, ...]:
+    """Intersect the causes over several shapes, from rows and what their cases switch on."""
+    seen = list(seen)
+    cases = {one.made_of.case.id: one.made_of.case for one in seen}
+    return tuple(cause.id for cause in explain.intersect([one.rows for one in seen], cases))
+
+
+def _killers(seen: Iterable[Seen]) -> Killers:
+    rows = [(one.optimizer, row) for one in seen for row in one.rows if _failed(row)]
+
+    def found(values: Iterable[str | None]) -> tuple[str, ...]:
+        return tuple(sorted({value for value in values if value}))
+
+    return Killers(
+        found(row.quantity for _, row in rows),
+        found(row.family for _, row in rows),
+        found(optimizer for optimizer, _ in rows),
+    )
+
+
+def _failed(row: Row) -> bool:
+    return row.verdict in ("fail", "leak")
+
+
+def _merged(each: Sequence[Entry]) -> Entry:
+    """Make one entry of a fault and its variants."""
+    first = each[0]
+    if len(each) == 1:
+        return first
+
+    def union(values: Iterable[Sequence[str]]) -> tuple[str, ...]:
+        return tuple(sorted({value for some in values for value in some}))
+
+    return Entry(
+        id=first.id,
+        killed=all(e.killed for e in each),
+        killed_by=Killers(
+            union(e.killed_by.quantities for e in each),
+            union(e.killed_by.families for e in each),
+            union(e.killed_by.optimizers for e in each),
+        ),
+        causes=first.causes,
+        true_cause=first.true_cause,
+        diagnosed=all(e.diagnosed for e in each),
+        set_size=max(e.set_size for e in each),
+        seconds=round(sum(e.seconds for e in each), 3),
+        detectors=first.detectors,
+        cases=union(e.cases for e in each),
+        survived=union(e.survived for e in each),
+        variants=tuple(each),
+    )
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def headline(entries: Sequence[Entry]) -> str:
+    """Sum the entries up in one line."""
+    killed, told = sum(e.killed for e in entries), sum(e.diagnosed for e in entries)
+    mean = statistics.fmean(e.set_size for e in entries) if entries else 0.0
+    return (
+        f"{killed} of {len(entries)} faults killed, {told} diagnosed, "
+        f"mean set of causes {mean:.2f}, {sum(e.seconds for e in entries):.0f} s"
+    )
+
+
+def lines(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """List entries with variants in the place of the faults that have any."""
+    for entry in entries:
+        yield from entry.variants or (entry,)
+
+
+def write(entries: Sequence[Entry], faults: Sequence[Fault], folder: Path) -> None:
+    """Write faults.json and faults.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps([entry.to_dict() for entry in entries], indent=2, allow_nan=False)
+    (folder / "faults.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "faults.md").write_text(markdown(entries, faults), encoding="utf-8")
+
+
+def markdown(entries: Sequence[Entry], faults: Sequence[Fault]) -> str:
+    """Lay the kill matrix out: faults down, practices across."""
+    parts = ["# Kill matrix", "", headline(entries), ""]
+    parts += [f"- **{name}**: {said}." for name, said in LEGEND.items()]
+    parts += ["", "x: sees the fault; empty: passes it.", "", *_matrix(entries), ""]
+    missed = {n: sum(not e.detectors[n] for e in lines(entries)) for n in DETECTORS}
+    total = sum(1 for _ in lines(entries))
+    parts += [f"Passed of {total}: " + ", ".join(f"{n} {m}" for n, m in missed.items()) + ".", ""]
+    parts += ["# Faults", "", *_catalogue(faults), ""]
+    return "\n".join(parts)
+
+
+def _matrix(entries: Sequence[Entry]) -> Iterator[str]:
+    names = list(DETECTORS)
+    yield "| fault | " + " | ".join(names) + " | causes | true cause |"
+    yield "|---" * (len(names) + 3) + "|"
+    for entry in lines(entries):
+        marks = ["x" if entry.detectors[name] else "" for name in names]
+        told = "" if entry.diagnosed else " (not in the set)"
+        causes = ", ".join(entry.causes) or "none"
+        yield f"| {entry.id} | {' | '.join(marks)} | {causes} | {entry.true_cause}{told} |"
+
+
+def _catalogue(faults: Sequence[Fault]) -> Iterator[str]:
+    yield "| fault | point | signature | needs | imitates |"
+    yield "|---|---|---|---|---|"
+    for fault in faults:
+        own = " (own finding)" if fault.id in OWN else ""
+        cells = [fault.id, fault.point, fault.signature, f"`{fault.needs}`", fault.imitates + own]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def listing(faults: Sequence[Fault]) -> str:
+    """Lay the catalogue out for a terminal."""
+    headers = ["fault", "point", "needs", "true cause", "variants"]
+    rows = [
+        {
+            "fault": f.id, "point": f.point, "needs": f.needs, "true cause": f.true_cause,
+            "variants": ", ".join(v.id for v in f.variants),
+        }
+        for f in faults
+    ]  # fmt: skip
+    return tables.grid(rows, dict(zip(headers, headers, strict=True)))
+
+
+__all__ = ["Entry", "choose", "facts", "run_faults", "write"]

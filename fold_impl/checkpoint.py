@@ -8,6 +8,7 @@ one exchange of outcomes and nothing is set before the last of them.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -39,7 +40,8 @@ from fold_impl.states import (
 
 __all__ = ["CheckpointError", "CheckpointedEngine", "Loaded", "export", "load", "save"]
 
-T, S = TypeVar("T"), TypeVar("S")
+T = TypeVar("T")
+S = TypeVar("S")
 OptimizerState = Mapping[str, Mapping[str, StateValue]]
 """parameter name -> {entry: part shaped like this rank's of the parameter, 0-d tensor, number}."""
 EXPORT_SHARD_BYTES = 5 * 10**9
@@ -130,7 +132,7 @@ class _Ranks:
         except Exception as error:  # whatever it is, the others must not wait for this rank
             cause = error
             told = (CheckpointError(f"{type(error).__name__}: {error}", "checkpoint"), None)
-        everyone = self._exchange(told)
+        everyone: list[tuple[CheckpointError | None, Any]] = self._exchange(told)
         failed = [(rank, e) for rank, (e, _) in enumerate(everyone) if e is not None]
         if failed:
             rank, first = failed[0]
@@ -138,6 +140,11 @@ class _Ranks:
             where = f"{alone}{first.where}"
             raise CheckpointError(first.problem, where, first.expected, first.found) from cause
         return result, [share for _, share in everyone]
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank, all of them going on or none; see `together`."""
+        result, _ = self.together(lambda: (work(), None))
+        return result
 
     def _exchange(self, told: T) -> list[T]:
         stage = self.groups.stage
@@ -205,15 +212,14 @@ def save(
     """
     ranks, root = _Ranks(engine.groups), Path(folder)
     draft, shares = ranks.together(lambda: _drafted(engine, tag, client_state))
-    token = shares[0]["token"]
-    partial = root / f".{tag}.partial-{token}"
+    partial = root / _partial(tag, shares[0]["token"])
     try:
-        ranks.together(lambda: (_agree(shares), ranks.first and _clear(root, tag)))
+        ranks.agreed(lambda: _begin(root, tag, shares, first=ranks.first))
         index = _index(engine, draft, tag, shares[0])
         _, reports = ranks.together(lambda: (None, _written(engine, draft, index, partial)))
         files = {file: facts for report in reports for file, facts in report.items()}
         index = replace(index, files=dict(sorted(files.items())))
-        ranks.together(lambda: (ranks.first and _commit(root, partial, index), None))
+        ranks.agreed(lambda: _commit(root, partial, index) if ranks.first else None)
     except CheckpointError:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -233,9 +239,7 @@ def _drafted(
         part, runs_as = weights[member.name], _dtype(member.parameter)
         placement = _placement(engine, member)
         draft.add(
-            archive.stored_tensor(
-                "model", member.name, part, placement, layout, runs_as=runs_as
-            ),
+            archive.stored_tensor("model", member.name, part, placement, layout, runs_as=runs_as),
             part,
         )
     for name, buffer in _buffers(engine.module).items():
@@ -304,23 +308,22 @@ def _plain_client_state(state: Mapping[str, Any] | None) -> dict[str, Any]:
     return given
 
 
-def _agree(shares: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse ranks that are about to save different runs."""
+def _begin(root: Path, tag: str, shares: Sequence[Mapping[str, Any]], *, first: bool) -> None:
+    """Refuse ranks about to save different runs; remove what killed saves of this tag left."""
     for rank, share in enumerate(shares):
         if share["digest"] != shares[0]["digest"]:
             problem = "saves another tag, other tensors or counters than rank 0"
             raise CheckpointError(problem, f"rank {rank}", shares[0]["digest"], share["digest"])
+    if first:
+        for leftover in root.glob(_partial(glob.escape(tag), "*")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _clear(root: Path, tag: str) -> None:
-    """Remove what killed saves of this tag left behind."""
-    for leftover in root.glob(f".{tag}.partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _partial(tag: str, token: str) -> str:
+    return f".{tag}.partial-{token}"
 
 
-def _index(
-    engine: CheckpointedEngine, draft: _Draft, tag: str, share: Mapping[str, Any]
-) -> Index:
+def _index(engine: CheckpointedEngine, draft: _Draft, tag: str, share: Mapping[str, Any]) -> Index:
     return Index(
         tag=tag,
         layout=engine.groups.layout,
@@ -409,10 +412,8 @@ def load(
     """
     ranks = _Ranks(engine.groups)
     path, index = _opened(ranks, Path(folder), tag)
-    ranks.together(
-        lambda: (_check(engine, path, index, reshard=reshard, module_only=module_only), None)
-    )
-    staged, _ = ranks.together(lambda: (_stage(engine, path, index, module_only), None))
+    ranks.agreed(lambda: _check(engine, path, index, reshard=reshard, module_only=module_only))
+    staged = ranks.agreed(lambda: _stage(engine, path, index, module_only))
     _set(engine, staged, index, module_only)
     notes = _notes(engine.groups.layout, index.layout) if not module_only else ()
     return Loaded(path, dict(index.client_state), notes)
@@ -515,9 +516,7 @@ def _check_optimizer(engine: CheckpointedEngine, path: Path, index: Index) -> No
         raise CheckpointError("state of no parameter", path, "parameters", unknown[0])
 
 
-def _stage(
-    engine: CheckpointedEngine, path: Path, index: Index, module_only: bool
-) -> _Staged:
+def _stage(engine: CheckpointedEngine, path: Path, index: Index, module_only: bool) -> _Staged:
     """Read this rank's parts of everything."""
     staged = _Staged()
     members = {member.name: member for member in engine.folded_parameters}
@@ -589,9 +588,7 @@ def _notes(layout: FoldLayout, saved: FoldLayout) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _set(
-    engine: CheckpointedEngine, staged: _Staged, index: Index, module_only: bool
-) -> None:
+def _set(engine: CheckpointedEngine, staged: _Staged, index: Index, module_only: bool) -> None:
     """Set the engine; everything was checked and read, so only copies in memory are left."""
     engine.load_master_weights(staged.weights)
     present = _buffers(engine.module)

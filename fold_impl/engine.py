@@ -192,9 +192,7 @@ class NativeEngine:
         Raises:
             CheckpointError: on every rank alike; the engine is as it was.
         """
-        loaded = checkpoint.load(
-            self, load_dir, tag, reshard=reshard, module_only=load_module_only
-        )
+        loaded = checkpoint.load(self, load_dir, tag, reshard=reshard, module_only=load_module_only)
         for note in loaded.notes if self.groups.rank == 0 else ():
             warnings.warn(note, stacklevel=2)
         return str(loaded.path), loaded.client_state

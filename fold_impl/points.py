@@ -57,7 +57,7 @@ POINTS: dict[str, str] = {
     "step.gradient": "gradient handed to the optimizer; context: name, family",
     "step.optimizer": "torch optimizer just before its update; context: none",
     "step.order": "'clip, update' order of the optimizer step; context: none",
-    "checkpoint.placement": "placement a tensor is saved or loaded by; context: name, family, state",
+    "checkpoint.placement": "placement a tensor is saved and loaded by; context: name, family",
     "checkpoint.part": "loaded part before it is set; context: name, family, state, layout, saved",
 }
 """Point -> what passes there."""

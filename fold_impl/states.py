@@ -66,6 +66,7 @@ def from_plain(value: Any) -> Any:
         return [from_plain(v) for v in value]
     if not isinstance(value, dict):
         return value
+    inner: Any
     kind, inner = next(iter(value.items()), ("", None))
     if kind == "$float":
         return float(inner)
@@ -104,13 +105,13 @@ def load_optimizer_state(
         group = groups[id(weight)]
         moves = bool(group.get("capturable") or group.get("fused"))
         optimizer.state[weight] = {
-            key: value.to(weight.device) if _moves(value, moves) else value
-            for key, value in state[member.name].items()
+            key: _moved(value, weight.device, moves) for key, value in state[member.name].items()
         }
 
 
-def _moves(value: StateValue, scalars_too: bool) -> Any:
-    return isinstance(value, Tensor) and (value.ndim > 0 or scalars_too)
+def _moved(value: StateValue, device: torch.device, scalars_too: bool) -> StateValue:
+    moves = isinstance(value, Tensor) and (value.ndim > 0 or scalars_too)
+    return value.to(device) if moves and isinstance(value, Tensor) else value
 
 
 def parameter_groups(

@@ -295,6 +295,7 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
             points: of the engine; only those in the forward and `reduce.rule` act here.
         """
         self.plan, self.fold_config, self.points = plan, config, points
+        self.groups = plan.groups
         self.folded_parameters = [member.folded for member in plan.members]
         self._window: contextlib.ExitStack | None = None
         passed = {**config.for_deepspeed(), "zero_allow_untested_optimizer": True}
@@ -461,7 +462,7 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         whole = {n: g if g is None or scale == 1.0 else g / scale for n, g in found.items()}
         return {p.name: whole.get(p.name) for p in self.folded_parameters}
 
-    def local_weights(self) -> dict[str, Tensor]:
+    def master_weights(self) -> dict[str, Tensor]:
         """Give this rank's part of every parameter, float32: the master copy where there is one.
 
         Collective under ZeRO-1/2 in 16 bit, as `local_gradients`.

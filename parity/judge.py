@@ -142,6 +142,7 @@ class Judge:
         """
         start = time.perf_counter()
         try:
+            case = self._placed(case)
             rows, draws = self._drawn(case)
         except Refused as refusal:
             return [Row.of_case(case, self.implementation, verdict="skipped", reason=str(refusal))]
@@ -152,6 +153,25 @@ class Judge:
             if redrawn:
                 object.__setattr__(row, "detail", {**(row.detail or {}), **redrawn})
         return rows
+
+    def _placed(self, case: Case) -> Case:
+        """Put the case on the judge's device: on GPUs what would use Gloo uses NCCL.
+
+        Raises:
+            Refused: the device is not there.
+        """
+        backend = case.engine.backend
+        if self.device == "cpu":
+            if backend == "nccl":
+                raise Refused("NCCL needs --device cuda")
+            return case
+        if backend == "gloo":
+            engine = case.engine.model_copy(update={"backend": "nccl"})
+            case = case.model_copy(update={"engine": engine})
+        present = torch.cuda.device_count()
+        if case.engine.backend == "nccl" and case.shape.world > present:
+            raise Refused(f"needs {case.shape.world} GPUs, {present} are visible")
+        return case
 
     def _drawn(self, case: Case) -> tuple[list[Row], int]:
         """Draw seeds until no token is near a tie."""

@@ -24,10 +24,10 @@ from parity.report import markdown, tables
 from parity.store import Row, RunDirectory, by_case, case_verdict
 
 DEFAULT_IMPLEMENTATION = "fold_impl"
-DEFAULT_LIVE_RANKS = 32
-"""Ranks of all warm gangs together: the worlds 1, 2, 3, 4, 6 and 8 of a suite at once."""
-MAX_LIVE_RANKS = 16
-"""Ranks kept at once: a folded gang of 8, its baseline, and the gangs of the shape before."""
+MAX_LIVE_RANKS = 32
+"""Ranks kept at once: the gangs of 1, 2, 3, 4, 6 and 8 ranks that a suite goes to and fro between."""
+PRELOAD = ("torch._dynamo", "parity.trial")
+"""Beside torch: the first torch.optim.Optimizer of a process imports dynamo, 1.4 CPU seconds."""
 
 
 class Judging(Protocol):
@@ -51,16 +51,20 @@ def open_judge(
     implementation: str, device: str, first: Case, *, max_live_ranks: int = MAX_LIVE_RANKS
 ) -> Iterator[Judging]:
     """Start the ranks of the first case, give the judge, end every rank at the end."""
-    from parity.gang import GangPool
+    from parity import gang
 
     gpus = visible_gpus() if device == "cuda" else ()
-    backends = ("gloo", "nccl") if device == "cuda" else ("gloo",)
-    pool = GangPool(max_live_ranks=max_live_ranks, visible_devices=gpus)
+    pool = gang.GangPool(
+        (*gang.PRELOAD, *PRELOAD), max_live_ranks=max_live_ranks, visible_devices=gpus
+    )
     try:
-        if first.engine.backend in backends:
-            pool.warm(first.shape.world, first.engine.backend)
-        from parity.judge import Judge  # imports torch, while the ranks do the same
+        if device == "cpu" and first.engine.backend == "gloo":
+            pool.warm(first.shape.world)
+        import torch  # while the ranks do the same
 
+        from parity.judge import Judge
+
+        torch.set_num_threads(1)  # the judge's tensors are small, and ranks want the other cores
         yield Judge(implementation=implementation, pool=pool, device=device)
     finally:
         pool.close()

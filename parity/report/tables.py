@@ -223,12 +223,29 @@ def failures(rows: Iterable[Row], rerun: Rerun, *, worst: int = 5) -> list[Failu
         if not bad and of_case:
             continue
         bad.sort(key=lambda row: (_rank(row.quantity), -excess(row)))
-        causes = dict.fromkeys(cause for row in bad for cause in row.causes)
-        shown = tuple(_first_of_each(bad)[:worst])
         shape = max((row.shape for row in of_case), key=folding)
-        verdict = case_verdict(of_case)
-        found.append(Failure(case, verdict, shape, shown, tuple(causes), rerun(case)))
+        found.append(failure_of(case, case_verdict(of_case), shape, bad, rerun, worst=worst))
     return sorted(found, key=lambda failure: VERDICTS.index(failure.verdict))
+
+
+def failure_of(
+    case: str, verdict: str, shape: dict[str, int], bad: Sequence[Row], rerun: Rerun, *,
+    worst: int = 5,
+) -> Failure:  # fmt: skip
+    """Choose what is shown of one failing case.
+
+    Args:
+        case: its id.
+        verdict: its verdict.
+        shape: its folded shape.
+        bad: its failing rows, earliest wrong quantity first, the worst of it first.
+        rerun: case id -> the command that runs just that case again.
+        worst: rows shown at most.
+    """
+    causes = dict.fromkeys(cause for row in bad for cause in row.causes)
+    return Failure(
+        case, verdict, shape, tuple(_first_of_each(bad)[:worst]), tuple(causes), rerun(case)
+    )
 
 
 def _first_of_each(bad: Sequence[Row]) -> list[Row]:

@@ -224,7 +224,7 @@ def test_the_shares_of_ranks_and_micro_batches_add_up_to_the_gradient() -> None:
     truth, model, weights = evaluated(made)
     drawn = batches.make(made, 2, 1, 0)
     names = ["layers.0.moe.router.weight", "layers.0.moe.experts.w1", "head.weight"]
-    found = reference.shares(made, model, weights, drawn, names)
+    found = reference.shares(made, model, weights, drawn, names, truth.routing)
     assert found.tokens == [[b.input_ids.numel() for b in rank] for rank in drawn]
     for name in names:
         parts = [found.main[r][m][name] for r in (0, 1) for m in (0, 1)]

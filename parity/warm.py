@@ -1,0 +1,32 @@
+"""What the fork server does to a library once, before it forks ranks that inherit it.
+
+Owns the preparation of DeepSpeed. Must not know cases or implementations. Easy to get wrong: this
+runs before any process group exists, so nothing here may ask for a rank.
+"""
+
+from __future__ import annotations
+
+import logging
+
+DEEPSPEED = (
+    "deepspeed",
+    "deepspeed.moe.layer",
+    "deepspeed.runtime.bf16_optimizer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "parity.warm:deepspeed",
+)
+"""What `GangPool` preloads besides torch where a case runs on DeepSpeed; the Muon module is one
+that DeepSpeed imports, and compiles kernels of, inside its first reduction."""
+
+
+def deepspeed() -> None:
+    """Keep DeepSpeed from compiling an operator in every gang's first case, and from chatting.
+
+    On a CPU its communication backend builds `deepspeed_shm_comm` unless the operator counts as
+    incompatible; an empty table also spares the search for a compiler.
+    """
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
 """Time a folded forward and backward on GPUs: fold_impl beside the folding inside DeepSpeed.
 
-    torchrun --nproc-per-node 4 benchmarks/folded_step.py [--tokens 32768] [--profile NAME]
+    torchrun --nproc-per-node 4 benchmarks/folded_step.py [--profile NAME]
 
 Both fold one and the same Hugging Face Mixtral in bfloat16 with random weights. The number of
 tokens of the step is the same for every layout: tp lanes share the tokens of their dp rank.
@@ -38,7 +38,9 @@ SHAPES = {
     "mixtral": Shape(hidden=4096, width=14336, experts=8, top_k=2, layers=2),
     "fine": Shape(hidden=2048, width=1408, experts=64, top_k=8, layers=4),
 }
-LAYOUTS = ((1, 4), (2, 4), (4, 4))
+TENSOR_PARALLEL = (1, 2, 4)
+"""Sizes of tp to try, each with ep = world."""
+TOKENS_PER_GPU = 8192
 SEQUENCE = 2048
 
 
@@ -176,7 +178,6 @@ def profiled(active: bool) -> Iterator[None]:
 def main() -> None:
     """Run every model and layout."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", type=int, default=32768, help="tokens of a step, all ranks")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--models", nargs="*", default=list(SHAPES))
     parser.add_argument("--engines", nargs="*", default=["fold_impl", "deepspeed"])
@@ -184,16 +185,17 @@ def main() -> None:
     arguments = parser.parse_args()
     dist.init_process_group("nccl")
     torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    world = dist.get_world_size()
     makers = {"fold_impl": ours, "deepspeed": deepspeeds}
     for name in arguments.models:
-        for tp, ep in LAYOUTS:
+        for tp in (size for size in TENSOR_PARALLEL if world % size == 0):
             for engine in arguments.engines:
                 began = time.time()
                 model = model_of(SHAPES[name])
                 try:
-                    step = makers[engine](model, tp, ep)
-                    local = arguments.tokens // (dist.get_world_size() // tp)
-                    size = (local // SEQUENCE, SEQUENCE, SHAPES[name].hidden)
+                    step = makers[engine](model, tp, world)
+                    sequences = TOKENS_PER_GPU * tp // SEQUENCE
+                    size = (sequences, SEQUENCE, SHAPES[name].hidden)
                     x = torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
                     dist.broadcast(x.data, 0)
                     gradient = torch.randn_like(x)
@@ -210,7 +212,7 @@ def main() -> None:
                 if dist.get_rank() == 0:
                     peak = torch.cuda.max_memory_allocated() / 2**30
                     print(
-                        f"{name:8s} tp{tp}/ep{ep} {engine:10s} {text} peak {peak:.1f} GiB "
+                        f"{name:8s} tp{tp}/ep{world} {engine:10s} {text} peak {peak:.1f} GiB "
                         f"({time.time() - began:.0f} s)",
                         flush=True,
                     )

@@ -15,6 +15,7 @@ from fold_impl import checkpoint
 from fold_impl.config import FoldConfig
 from fold_impl.engine import NativeEngine, build_engine
 from fold_impl.families import Placement
+from fold_impl.moe import FoldedMoE
 from fold_impl.points import POINTS, Points, Transform
 
 
@@ -26,8 +27,8 @@ class FoldImplementation:
 
     def __init__(self) -> None:
         self._points = Points()
-        self._engine: NativeEngine
-        self._gradients: dict[str, Tensor | None] = {}
+        self._engine: Any  # NativeEngine, or ZeroEngine, whose import takes seconds
+        self._gradients: Mapping[str, Tensor | None] = {}
         self._routing: list[list[Tensor | None]] = []
         self._replay: Sequence[Sequence[Tensor]] | None = None
         self._taps: dict[str, list[Tensor]] = {}
@@ -48,18 +49,24 @@ class FoldImplementation:
             loss = engine(**self._points("batch.inputs", batch, micro_batch=index))
             engine.backward(loss)
             losses.append(float(loss.detach()))
-            self._routing.append([layer.indices_TK for layer in engine.moe_layers()])
+            self._routing.append([layer.indices_TK for layer in self._layers()])
             if engine.is_gradient_accumulation_boundary():
-                engine.allreduce_gradients()
-                self._gradients = self._copied_gradients()
+                self._gradients = self._reduced_gradients()
             engine.step()
         return losses
 
     def _force(self, micro_batch: int) -> None:
-        for index, layer in enumerate(self._engine.moe_layers()):
+        for index, layer in enumerate(self._layers()):
             layer.forced_TK = None if self._replay is None else self._replay[micro_batch][index]
 
-    def _copied_gradients(self) -> dict[str, Tensor | None]:
+    def _layers(self) -> list[FoldedMoE]:
+        return [m for m in self._engine.module.modules() if isinstance(m, FoldedMoE)]
+
+    def _reduced_gradients(self) -> Mapping[str, Tensor | None]:
+        if not isinstance(self._engine, NativeEngine):
+            found: Mapping[str, Tensor | None] = self._engine.local_gradients()
+            return found
+        self._engine.allreduce_gradients()
         return {
             p.name: None if p.parameter.grad is None else p.parameter.grad.clone()
             for p in self._engine.folded_parameters
@@ -70,10 +77,10 @@ class FoldImplementation:
         return {p.name: p.placement for p in self._engine.folded_parameters}
 
     def parameters(self) -> dict[str, Tensor]:
-        """This rank's part of every parameter."""
-        return {p.name: p.parameter.detach() for p in self._engine.folded_parameters}
+        """This rank's part of every parameter: master copies where there are any."""
+        return dict(self._engine.master_weights())
 
-    def gradients(self) -> dict[str, Tensor | None]:
+    def gradients(self) -> Mapping[str, Tensor | None]:
         """This rank's part of every gradient of the last step, reduced, not clipped."""
         return self._gradients
 
@@ -86,6 +93,11 @@ class FoldImplementation:
     def routing(self) -> list[list[Tensor | None]]:
         """[micro-batch][layer] -> (T, K) experts chosen in the last step."""
         return self._routing
+
+    def close(self) -> None:
+        """Release what an engine holds beside its tensors."""
+        if not isinstance(self._engine, NativeEngine):
+            self._engine.close()
 
     def replay(self, routing: Sequence[Sequence[Tensor]] | None) -> None:
         """Force the experts of the next steps: [micro-batch][layer] -> (T, K); None: own choice."""

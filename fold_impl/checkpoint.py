@@ -275,7 +275,7 @@ def _draft_state(
     draft: _Draft, member: FoldedParameter, weight: Tensor, state: Mapping[str, StateValue]
 ) -> None:
     layout = draft.engine.groups.layout
-    for key, value in sorted(state.items()):
+    for key, value in state.items():
         if not isinstance(value, Tensor):
             draft.scalars.setdefault(member.name, {})[key] = to_plain(value, f"{member.name}.{key}")
             continue

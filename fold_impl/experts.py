@@ -37,7 +37,7 @@ class RoutedExperts(nn.Module):
         """Apply expert l to its counts[l] consecutive rows."""
         gate_up = self.gate_up()
         down = self.get_parameter(self.names.down)
-        if x_NH.is_cuda and x_NH.dtype == torch.bfloat16:
+        if x_NH.is_cuda and x_NH.dtype == torch.bfloat16 and _aligned(gate_up, down):
             return self._grouped(x_NH, gate_up, down, counts)
         return self._looped(x_NH, gate_up, down, counts)
 
@@ -63,6 +63,11 @@ class RoutedExperts(nn.Module):
         hidden = torch._grouped_mm(x_NH, gate_up.transpose(-2, -1), offs=ends)
         gate, up = hidden.chunk(2, dim=-1)
         return torch._grouped_mm(self.activation(gate) * up, down.transpose(-2, -1), offs=ends)
+
+
+def _aligned(*weights: Tensor) -> bool:
+    """Tell whether rows are multiples of 16 bytes, as the grouped product on GPUs demands."""
+    return all(size * w.element_size() % 16 == 0 for w in weights for size in w.shape[1:])
 
 
 class ExpertNames:

@@ -456,7 +456,7 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
             found = self._by_name(_pairs(self.optimizer.fp32_groups_gradients, self.optimizer))
         else:
             found = {
-                p.name: None if p.parameter.grad is None else p.parameter.grad.float()
+                p.name: None if p.parameter.grad is None else _copied(p.parameter.grad)
                 for p in self._trained
             }
         whole = {n: g if g is None or scale == 1.0 else g / scale for n, g in found.items()}
@@ -472,6 +472,7 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
             weights |= self._masters()
         return weights
 
+    @torch.no_grad()
     def _masters(self) -> dict[str, Tensor]:
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):
             found = self._by_name(_pairs(self.optimizer.fp32_groups, self.optimizer))
@@ -484,9 +485,10 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         return found
 
     def _by_name(self, pairs: Iterable[tuple[nn.Parameter, Tensor]]) -> dict[str, Tensor]:
-        held = {id(p): tensor.detach().view_as(p).float() for p, tensor in pairs}
+        held = {id(p): _copied(tensor.view_as(p)) for p, tensor in pairs}
         return {member.name: held[id(member.parameter)] for member in self._trained}
 
+    @torch.no_grad()
     def _gathered(self, fragment: Callable[[Any], Tensor]) -> dict[str, Tensor]:
         """Rebuild whole local parts out of the fragments ZeRO left on the ranks.
 
@@ -557,6 +559,10 @@ class StageZeroOptimizer(FP16_UnfusedOptimizer):  # type: ignore[misc]
             master.grad = None
             parameter.data.copy_(master.data)
         return False
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32, copy=True)
 
 
 def _times(factor: float) -> Callable[[Tensor], Tensor]:

@@ -34,6 +34,7 @@ from parity.case import (
     select,
 )
 from parity.errors import NothingSelectedError, ParityError, UsageError
+from parity.faults.commands import faults
 from parity.fingerprint import commit
 from parity.report import tables
 from parity.session import (
@@ -181,7 +182,11 @@ def _run_cases(
             if cases:
                 ranks = max(MAX_LIVE_RANKS, *(case.shape.world for case in cases))
                 opened = opener(
-                    selection.implementation, selection.device, cases[0], max_live_ranks=ranks
+                    selection.implementation,
+                    selection.device,
+                    cases[0],
+                    max_live_ranks=ranks,
+                    engines={case.engine.name for case in cases},
                 )
                 judge = stack.enter_context(opened)
                 stack.enter_context(progress)
@@ -429,3 +434,6 @@ def doctor(ctx: click.Context, /, folder: Path | None, style: str) -> None:
         listed = [check._asdict() for check in found]
         click.echo(json.dumps({"ok": healthy, "checks": listed}, indent=2))
     ctx.exit(0 if healthy else 3)
+
+
+main.add_command(faults)

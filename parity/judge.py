@@ -63,6 +63,9 @@ class Step:
 
     loss: float
     before: Assembled
+    """Weights the optimizer starts from: master copies where they exist."""
+    ran_on: Assembled
+    """Weights the forward ran on: `before` rounded to the case's dtype."""
     gradients: Assembled
     after: Assembled
     norms: list[float]
@@ -79,6 +82,8 @@ class Run:
     steps: list[Step]
     absent: tuple[str, ...]
     taps: list[dict[str, list[Any]]]
+    weight_dtype: torch.dtype
+    """Of `before` and `after`."""
 
 
 @dataclass(frozen=True)
@@ -262,27 +267,21 @@ class Judge:
         run: Run,
         setting: Setting,
     ) -> list[reference.Evaluation]:
-        """Evaluate the reference at the run's own weights before each step.
+        """Evaluate the reference at the given weights, then at the run's own before each step.
+
+        A run that shuffled the weights it was given would be right about its own.
 
         Stops before a step whose routing is not safe: the weights there are the run's own, and a
         faulty run must not be drawn again for ever.
         """
-        truths: list[reference.Evaluation] = []
         seed, replay = setting.seed, setting.replay
-        for index, step in enumerate(run.steps):
-            own = {n: t.double() for n, t in step.before.filled.items()}
-            at_start = index == 0 and all(torch.equal(own[n], weights[n]) for n in weights)
-            if at_start:
-                truths.append(self._truth(case, model, own, 1, seed))
-            elif index > 0:
-                try:
-                    truths.append(self._truth(case, model, own, index + 1, seed, replay))
-                except _UnsafeRoutingError:
-                    break
-            else:  # the implementation changed the weights it was given: its own truth, uncached
-                drawn = batches.make(case, run.layout.dp, 1, seed)
-                forced = _of_step(replay, 1)
-                truths.append(reference.evaluate(case, model, own, drawn, forced))
+        truths = [self._truth(case, model, weights, 1, seed)]
+        for number, step in enumerate(run.steps[1:], start=2):
+            own = {n: t.double() for n, t in step.ran_on.filled.items()}
+            try:
+                truths.append(self._truth(case, model, own, number, seed, replay))
+            except _UnsafeRoutingError:
+                break
         return truths
 
     def _baseline(
@@ -351,10 +350,11 @@ class Judge:
                 own_optimizer,
                 placements,
                 layout,
+                weight_dtype=run.weight_dtype,
                 structural_zero=zeros,
             )
         judged = [
-            contributions.StepTensors(step.before, step.gradients, truth)
+            contributions.StepTensors(step.ran_on, step.gradients, truth)
             for step, truth in zip(run.steps, truths, strict=False)
         ]
         return contributions.annotate(rows, case, model, judged, placements, setting.seed, weights)
@@ -451,7 +451,7 @@ def rebuild(case: Case, layout: Layout, results: Sequence[RankResult]) -> Run:
 
     def whole(kind: str, step: int) -> Assembled:
         shards = [
-            {name: _tensor(array, dtype) for name, array in getattr(r.steps[step], kind).items()}
+            {name: _tensor(array) for name, array in getattr(r.steps[step], kind).items()}
             for r in results
         ]
         return assemble(layout, placements, shards)
@@ -459,10 +459,12 @@ def rebuild(case: Case, layout: Layout, results: Sequence[RankResult]) -> Run:
     steps = []
     for index in range(len(results[0].steps)):
         parts = [result.steps[index] for result in results]
+        before = whole("before", index)
         steps.append(
             Step(
                 loss=sum(sum(p.losses) / len(p.losses) for p in parts) / len(parts),
-                before=whole("before", index),
+                before=before,
+                ran_on=_rounded(before, dtype),
                 gradients=whole("gradients", index),
                 after=whole("after", index),
                 norms=[p.grad_norm for p in parts],
@@ -472,12 +474,21 @@ def rebuild(case: Case, layout: Layout, results: Sequence[RankResult]) -> Run:
             )
         )
     taps = [result.taps for result in results]
-    return Run(layout, placements, steps, results[0].absent, taps)
+    weights = getattr(torch, results[0].weight_dtype)
+    return Run(layout, placements, steps, results[0].absent, taps, weights)
 
 
-def _tensor(array: Any, dtype: torch.dtype) -> Tensor | None:
-    if array is None:
-        return None
-    tensor = torch.from_numpy(array)
-    # 16-bit floats travelled as float32; anything wider than the case's dtype is a master copy.
-    return tensor.to(dtype) if dtype in (torch.bfloat16, torch.float16) else tensor
+def _tensor(array: Any) -> Tensor | None:
+    """Take an array over as it travelled: 16-bit floats as float32, which loses nothing."""
+    return None if array is None else torch.from_numpy(array)
+
+
+def _rounded(weights: Assembled, dtype: torch.dtype) -> Assembled:
+    """Round what is wider than the dtype, as an engine with master copies does for its forward."""
+    if dtype not in compare.SCALE_LIMIT:
+        return weights
+
+    def rounded(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: None if t is None else t.to(dtype).float() for n, t in tensors.items()}
+
+    return replace(weights, tensors=rounded(weights.tensors), filled=rounded(weights.filled))

@@ -22,6 +22,11 @@ from parity import hugging_face
 from parity.hugging_face import Gate, HuggingFace
 
 
+TIED_SCALE = 0.2
+"""Size of an embedding that is also the head: at 1 the logits reach 60, a token that predicts
+itself has the gradient p - 1 = -1e-8, and its only expert nothing but round-off."""
+
+
 class Router(nn.Module):
     """Logits of every expert for every token: (T, H) -> (T, E)."""
 
@@ -222,6 +227,8 @@ def build(spec: cases.Model, seed: int, *, idle_expert: bool, ties: bool = False
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(_initial(name, noise))
+        if spec.tied:
+            model.embedding.weight.mul_(TIED_SCALE)
         if ties:
             _tie_experts(model)
         if idle_expert:
@@ -256,7 +263,8 @@ def _make_last_expert_idle(model: Tiny, generator: torch.Generator, ties: bool) 
         common[: -(-model.spec.experts // cases.TIED)] = 0.0
     common = torch.where(common == 0.0, 0.0, common - common.sum() / (common != 0.0).sum())
     unit = common / common.norm()
-    model.embedding.weight.add_(math.sqrt(hidden) * unit)
+    scale = TIED_SCALE if model.spec.tied else 1.0
+    model.embedding.weight.add_(scale * math.sqrt(hidden) * unit)
     for block in model.blocks():
         for blind in (block.moe.router, block.attention.q, block.attention.k):
             blind.weight.sub_(torch.outer(blind.weight @ unit, unit))

@@ -41,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the plugin's state, and put the folder of cases among the paths if a suite is named."""
+    config.addinivalue_line("markers", "parity: a case of gradient parity, made by its case file")
     plugin = ParityPlugin(config)
     if plugin.suite:
         plugin.collect_suite()
@@ -64,6 +65,8 @@ class CaseFile(pytest.File):
             if self.plugin.suite in (None, case.suite):
                 item: CaseItem = CaseItem.from_parent(self, name=case.id)
                 item.case, item.plugin = case, self.plugin
+                item.add_marker("parity")
+                item.extra_keyword_matches |= {case.suite, case.engine.name, case.optimizer.name}
                 yield item
 
     def repr_failure(  # type: ignore[override]  # as in pytest's own Collector, without a style
@@ -128,6 +131,7 @@ class ParityPlugin:
         self._recorder: Recorder | None = None
         self._files: dict[str, str] = {}
         self._largest_world = 0
+        self._engines: set[str] = set()
         self._started = time.perf_counter()
 
     # collection
@@ -165,9 +169,10 @@ class ParityPlugin:
         return path in given or (path.parent.name == "cases" and path.parent in given)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Note the largest world, which the ranks of this process must have room for."""
-        worlds = [item.case.shape.world for item in session.items if isinstance(item, CaseItem)]
-        self._largest_world = max(worlds, default=0)
+        """Note the largest world, which the ranks must have room for, and what they run."""
+        cases = [item.case for item in session.items if isinstance(item, CaseItem)]
+        self._largest_world = max((case.shape.world for case in cases), default=0)
+        self._engines = {case.engine.name for case in cases}
 
     # running
 
@@ -194,7 +199,11 @@ class ParityPlugin:
             workers = int(self._worker["workercount"]) if self._worker else 1
             ranks = max(session.MAX_LIVE_RANKS // workers, self._largest_world)
             opened = session.open_judge(
-                implementation, self.selection.device, case, max_live_ranks=ranks
+                implementation,
+                self.selection.device,
+                case,
+                max_live_ranks=ranks,
+                engines=self._engines,
             )
             self._judge = self._open.enter_context(opened)
         return session.judge_case(self._judge, case, implementation)
@@ -210,7 +219,7 @@ class ParityPlugin:
             payload = {
                 "case": finished.case, "seconds": finished.seconds,
                 "rows": [row.to_dict() for row in finished.rows],
-                "file": self._files.get(finished.case),
+                "file": self._files.get(finished.case), "definition": finished.definition,
             }  # fmt: skip
             report.__dict__[_PAYLOAD] = json.dumps(payload, allow_nan=False)
             if report.skipped and call.excinfo is not None:  # its place is the case, not this file
@@ -231,7 +240,8 @@ class ParityPlugin:
         rows = tuple(Row.from_dict(row) for row in payload["rows"])
         if payload["file"]:
             self._files[payload["case"]] = payload["file"]
-        self._record().add(Finished(payload["case"], rows, payload["seconds"]))
+        finished = Finished(payload["case"], rows, payload["seconds"], payload["definition"])
+        self._record().add(finished)
 
     def _record(self) -> Recorder:
         """Open the run directory with the first finished case."""
@@ -269,5 +279,6 @@ class ParityPlugin:
 
             terminalreporter.section("parity")
             terminalreporter.write_line(headline(self._recorder.rows))
-            report = self._recorder.directory.path / "report.md"
-            terminalreporter.write_line(f"report: {report}")
+            folder = self._recorder.directory.path
+            terminalreporter.write_line(f"report: {folder / 'report.md'}")
+            terminalreporter.write_line(f"page: {folder / 'report.html'}")

@@ -7,21 +7,25 @@ wrong: ranks start *before* this process imports torch, so that both imports go 
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import statistics
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
 from parity.case import Case, find_folder
 from parity.errors import InfrastructureError, UsageError
 from parity.fingerprint import fingerprint, visible_gpus
-from parity.report import markdown, tables
-from parity.store import Row, RunDirectory, by_case, case_verdict
+from parity.report import ctrf, html, junit, markdown, tables
+from parity.report.cells import cells
+from parity.store import Row, RunDirectory, by_case, case_verdict, definition_of
 
 DEFAULT_IMPLEMENTATION = "fold_impl"
 MAX_LIVE_RANKS = 32
@@ -41,22 +45,33 @@ class OpenJudge(Protocol):
     """How a judge and its ranks are had; tests put their own in the place of `open_judge`."""
 
     def __call__(
-        self, implementation: str, device: str, first: Case, *, max_live_ranks: int
+        self,
+        implementation: str,
+        device: str,
+        first: Case,
+        *,
+        max_live_ranks: int,
+        engines: Collection[str] = (),
     ) -> AbstractContextManager[Judging]:
-        """Start the ranks of the first case and give the judge."""
+        """Start the ranks of the first case and give the judge; `engines` of all cases to come."""
 
 
 @contextlib.contextmanager
 def open_judge(
-    implementation: str, device: str, first: Case, *, max_live_ranks: int = MAX_LIVE_RANKS
+    implementation: str,
+    device: str,
+    first: Case,
+    *,
+    max_live_ranks: int = MAX_LIVE_RANKS,
+    engines: Collection[str] = (),
 ) -> Iterator[Judging]:
     """Start the ranks of the first case, give the judge, end every rank at the end."""
-    from parity import gang
+    from parity import gang, warm
 
     gpus = visible_gpus() if device == "cuda" else ()
-    pool = gang.GangPool(
-        (*gang.PRELOAD, *PRELOAD), max_live_ranks=max_live_ranks, visible_devices=gpus
-    )
+    on_deepspeed = "deepspeed" in {implementation, first.engine.name, *engines}
+    preload = (*gang.PRELOAD, *PRELOAD, *(warm.DEEPSPEED if on_deepspeed else ()))
+    pool = gang.GangPool(preload, max_live_ranks=max_live_ranks, visible_devices=gpus)
     try:
         if device == "cpu" and first.engine.backend == "gloo":
             pool.warm(first.shape.world)
@@ -77,6 +92,8 @@ class Finished:
     case: str
     rows: tuple[Row, ...]
     seconds: float
+    definition: str | None = None
+    """Hash of everything the case fixes, see `store.definition_of`."""
 
     @property
     def verdict(self) -> str:
@@ -103,7 +120,7 @@ def judge_case(judge: Judging, case: Case, implementation: str) -> Finished:
         where = {"kind": "harness", "traceback": traceback.format_exc()}
         reason = f"the harness failed: {type(failure).__name__}: {failure}"
         rows = (_error(case, implementation, reason, where),)
-    return Finished(case.id, rows, time.perf_counter() - start)
+    return Finished(case.id, rows, time.perf_counter() - start, definition_of(case))
 
 
 def _error(case: Case, implementation: str, reason: str, about: Mapping[str, Any]) -> Row:
@@ -183,6 +200,7 @@ class Recorder:
     def __init__(
         self, directory: RunDirectory, selection: Selection, command: str, *,
         kept: Sequence[Row] = (), started: float | None = None, is_default: bool = True,
+        cases: Iterable[Case] = (),
     ) -> None:  # fmt: skip
         """Begin a record.
 
@@ -193,6 +211,7 @@ class Recorder:
             kept: rows of a resumed run.
             started: `time.perf_counter()` at the start of the program.
             is_default: whether the directory is a default one, which `latest` points to.
+            cases: what will be run, where that is known: a killed run still says what it meant.
         """
         self.directory, self.selection, self.command = directory, selection, command
         self.rows: list[Row] = list(kept)
@@ -201,6 +220,13 @@ class Recorder:
         self._cold_s: float | None = None
         self._is_default = is_default
         self._fingerprint = fingerprint()
+        before = directory.run()
+        self._identity = {
+            "id": before.get("id") or str(uuid.uuid4()),
+            "started": before.get("started") or _now(),
+        }
+        self._definitions: dict[str, str] = dict(before.get("definitions") or {})
+        self._definitions |= {case.id: definition_of(case) for case in cases}
         self._write_run("running")
 
     def add(self, finished: Finished) -> None:
@@ -208,6 +234,8 @@ class Recorder:
         self.directory.append(finished.rows)
         self.rows += finished.rows
         self._seconds[finished.case] = finished.seconds
+        if finished.definition:
+            self._definitions[finished.case] = finished.definition
         if self._cold_s is None:
             self._cold_s = time.perf_counter() - self._started
 
@@ -232,12 +260,15 @@ class Recorder:
     def _write_run(self, state: str) -> None:
         self.directory.write_run({
             "schema": 1,
+            **self._identity,
             "state": state,
+            **({} if state == "running" else {"ended": _now()}),
             "command": self.command,
             "selection": self.selection.to_dict(),
             "counts": tables.counts(self.rows),
             "seconds": self._times(),
             **self._fingerprint,
+            "definitions": self._definitions,
         })  # fmt: skip
 
     def _times(self) -> dict[str, Any]:
@@ -256,9 +287,17 @@ class Recorder:
         }
 
 
-def write_report(directory: RunDirectory, rows: Sequence[Row]) -> str:
-    """Write report.md out of rows and run.json, and give its text."""
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def write_report(directory: RunDirectory, rows: Sequence[Row]) -> None:
+    """Write every form of the report out of rows and run.json."""
     run = directory.run()
-    text = markdown.render(rows, run, Selection.from_run(run).rerun)
-    directory.write_report(text)
-    return text
+    rerun = Selection.from_run(run).rerun
+    found = cells(rows)
+    directory.write("report.md", markdown.render(rows, run, rerun))
+    directory.write("report.html", html.render(found, run, rerun, tables.headline(rows)))
+    directory.write("junit.xml", junit.render(found, run, rerun))
+    document = json.dumps(ctrf.document(found, run, rerun), indent=1, allow_nan=False)
+    directory.write("ctrf.json", document + "\n")

@@ -8,6 +8,7 @@ line cut off by a crash makes its case unfinished.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ SCHEMA = 1
 VERDICTS = ("error", "fail", "leak", "pass", "skipped")
 """Every verdict, the one that decides a case first; `skipped` decides only where all rows are."""
 FAILING = ("error", "fail", "leak")
-RESULTS, REPORT, RUN, LATEST = "results.jsonl", "report.md", "run.json", "latest"
+RESULTS, RUN, LATEST = "results.jsonl", "run.json", "latest"
 _METRICS = ("ratio", "scale", "residual", "error", "threshold")
 _OPTIONAL = ("reason", "detail")
 
@@ -141,6 +142,19 @@ def engine_of(case: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
+_NO_PART_OF_A_CASE = {"id", "suite", "file", "deadline_s"}
+
+
+def definition_of(case: Case) -> str:
+    """Hash everything that fixes what a case computes, defaults included.
+
+    Two runs may use one id for different things: an id does not name the seed, nor a default that
+    was changed since.
+    """
+    parts = case.model_dump_json(exclude=_NO_PART_OF_A_CASE)
+    return hashlib.sha256(parts.encode()).hexdigest()[:12]
+
+
 def _is_finite(value: float | None) -> bool:
     return value is None or math.isfinite(value)
 
@@ -175,7 +189,7 @@ def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 class RunDirectory:
-    """One run on disk: results.jsonl, report.md, run.json."""
+    """One run on disk: results.jsonl and run.json, and the reports made of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -258,9 +272,9 @@ class RunDirectory:
         _replace(self.results, "".join(f"{row.to_json()}\n" for row in kept))
         return kept
 
-    def write_report(self, text: str) -> None:
-        """Write report.md."""
-        _replace(self.path / REPORT, text)
+    def write(self, name: str, text: str) -> None:
+        """Write one form of the report, whole or not at all."""
+        _replace(self.path / name, text)
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Write run.json."""

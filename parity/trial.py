@@ -28,6 +28,11 @@ from parity.implementation import (
 from parity.layout import Layout
 
 
+FP16_LOSS_SCALE = 128.0
+"""Fixed: a dynamic scale begins with steps that overflow and are skipped. A power of two is exact,
+and gradients of about 1e-4 leave float16's subnormal range."""
+
+
 @dataclass(frozen=True)
 class Planted:
     """A fault to plant before the build: point and a transformation the rank can import."""
@@ -77,6 +82,8 @@ class RankResult:
     absent: tuple[str, ...]
     """Optional members the implementation does not offer."""
     taps: dict[str, list[Any]]
+    weight_dtype: str
+    """Of the weights an optimizer step changes: float32 master copies beside a 16-bit model."""
 
 
 def run(runtime: Any, order: Order) -> RankResult:
@@ -91,12 +98,17 @@ def run(runtime: Any, order: Order) -> RankResult:
     implementation.build(model.to(device=runtime.device, dtype=dtype), config(order), context)
     record = implementation.taps(order.taps) if order.taps else {}  # type: ignore[attr-defined]
     steps = [_step(implementation, order, step, context) for step in range(1, case.steps + 1)]
-    return RankResult(
+    weights = {tensor.dtype for tensor in implementation.parameters().values()}
+    result = RankResult(
         placements={n: _own(p) for n, p in implementation.placements().items()},
         steps=steps,
         absent=tuple(name for name in OPTIONAL if not hasattr(implementation, name)),
         taps={name: [_array(t) for t in tensors] for name, tensors in record.items()},
+        weight_dtype=str(min(weights, key=lambda kind: kind.itemsize)).removeprefix("torch."),
     )
+    if hasattr(implementation, "close"):
+        implementation.close()
+    return result
 
 
 def _plant(implementation: Implementation, fault: Planted) -> None:
@@ -196,8 +208,10 @@ def config(order: Order) -> dict[str, Any]:
         written["expert_parallel"]["preset_model"] = case.model.name
     if engine.zero is not None:
         written["zero_optimization"] = {"stage": engine.zero}
-    if engine.name == "deepspeed" and engine.dtype in ("bfloat16", "float16"):
-        written["bf16" if engine.dtype == "bfloat16" else "fp16"] = {"enabled": True}
+    if engine.name == "deepspeed" and engine.dtype == "bfloat16":
+        written["bf16"] = {"enabled": True}
+    if engine.name == "deepspeed" and engine.dtype == "float16":
+        written["fp16"] = {"enabled": True, "loss_scale": FP16_LOSS_SCALE}
     for key, value in engine.options.items():
         both = isinstance(value, dict) and key in written
         written[key] = {**written[key], **value} if both else value

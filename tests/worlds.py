@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
+from torch._C import _distributed_c10d as c10d
+from torch._C._distributed_c10d import HashStore
 from torch.testing._internal.distributed import multi_threaded_pg
 
 from fold_impl.groups import FoldGroups, Group, build_groups
@@ -31,7 +33,7 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
     """
     results: list[Any] = [None] * world
     errors: list[BaseException] = []
-    store = dist.HashStore()
+    store = HashStore()
 
     def main(rank: int) -> None:
         try:
@@ -42,7 +44,7 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
             multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
 
     multi_threaded_pg._install_threaded_pg()
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    _isolate_threads(True)
     try:
         threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world)]
         for thread in threads:
@@ -51,11 +53,15 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
             thread.join()
     finally:
         multi_threaded_pg.ProcessLocalGroup.reset()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        _isolate_threads(False)
         multi_threaded_pg._uninstall_threaded_pg()
     if errors:
         raise errors[0]
     return results
+
+
+def _isolate_threads(active: bool) -> None:
+    getattr(c10d, "_set_thread_isolation_mode")(active)  # noqa: B009 - not in torch's stubs
 
 
 def whole_world(runtime: ThreadRuntime) -> Group:

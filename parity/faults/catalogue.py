@@ -68,6 +68,7 @@ class Fault:
         imitates: the mistake behind it, with its public reference where there is one.
         cannot: where algebra says that it is invisible.
         variants: further amounts, counted with the fault.
+        real: whether it is also shown once on ranks that are processes, in float32.
     """
 
     id: str
@@ -80,6 +81,7 @@ class Fault:
     imitates: str = ""
     cannot: tuple[Blind, ...] = ()
     variants: tuple[Variant, ...] = ()
+    real: bool = False
 
     def can_show(self, case: Case) -> bool:
         """Tell whether the case must show the fault."""
@@ -103,6 +105,7 @@ class Fault:
             point=variant.point or self.point,
             transform=variant.transform or self.transform,
             needs=variant.needs or self.needs,
+            real=False,
             options={**(self.options if own else {}), **variant.options},
             variants=(),
         )
@@ -177,7 +180,7 @@ _RULES = (
         "router s = tp; Adam hides", "tp > 1", _options(rule="SUM", families=_ROUTER),
         imitates="rule of own-token slices applied to a route-full router",
         cannot=(Blind("tp == 1", "sum over one lane = mean over one lane"),),
-        variants=_factors(_ROUTER, "router-divided-twice-by-tp"),
+        variants=_factors(_ROUTER, "router-divided-twice-by-tp"), real=True,
     ),
     Fault(
         "router-skip", "reduce.rule", "other_rule", "tp-reduction-missing",
@@ -258,6 +261,7 @@ _RULES = (
         "expert s = dp/edp", "ep * etp != tp", _options(factor="=dp/edp", families=_EXPERTS),
         imitates="DeepSpeed #6545, PyTorch #160285",
         cannot=(Blind("ep * etp == tp", "tp dp = ep etp edp, so ep etp = tp gives edp = dp"),),
+        real=True,
     ),
     Fault(
         "expert-scaled-twice", "reduce.reduced", "scaled", "expert-divided-twice-by-dp",
@@ -320,7 +324,7 @@ _LAYER = (
         "input-grad-partial", "moe.input", "enters_raw", "input-gradient-partial",
         "norm under the layer right, TP-sharded weights below wrong at scale ~1", "tp > 1",
         imitates="layer input without a boundary",
-        cannot=(Blind("tp == 1", "the own lane's share is all"),),
+        cannot=(Blind("tp == 1", "the own lane's share is all"),), real=True,
     ),
     Fault(
         "input-grad-sum", "moe.input", "enters_summed", "input-gradient-summed",
@@ -579,7 +583,7 @@ _STEP = (
         "norm-expert-mean", "norm.square", "scaled", "norm-shards-not-combined",
         "grad_norm only", "ep > 1 and clip > 0", _options(factor="=1/ep", families=_EXPERTS),
         imitates="DeepSpeed #8475: 7.236 for 10.954",
-        cannot=(Blind("ep == 1", "mean of one"),),
+        cannot=(Blind("ep == 1", "mean of one"),), real=True,
     ),
     Fault(
         "norm-local", "norm.reduce", "no_collective", "norm-shards-not-combined",

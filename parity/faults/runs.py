@@ -7,20 +7,24 @@ transformations. Easy to get wrong: `killed` means that *every* case a fault mus
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from parity import explain, threads
 from parity.case import Case
-from parity.faults.catalogue import OWN, Fault, facts
+from parity.errors import ParityError
+from parity.faults.catalogue import OWN, Fault
 from parity.faults.detectors import DETECTORS, LEGEND, Seen
+from parity.gang import GangPool
 from parity.judge import Judge
 from parity.report import tables
+from parity.session import DEFAULT_IMPLEMENTATION, MAX_LIVE_RANKS
 from parity.store import Row
 
 SHAPES = 2
@@ -29,8 +33,11 @@ HIDES = ("adam", "adamw", "lion")
 """Optimizers under which a fault may hide."""
 
 
-class InProcess:
-    """Ranks as threads of this process: no start-up, and no process to lose."""
+class Ranks:
+    """Threads of this process for exact cases, gangs of processes for the others."""
+
+    def __init__(self) -> None:
+        self._gangs: GangPool | None = None
 
     def run(
         self,
@@ -40,10 +47,27 @@ class InProcess:
         deadline_s: float,
         backend: str | None = None,
     ) -> list[Any]:
-        """Run the trial of a world; world, task and deadline are those of `parity.judge.Pool`."""
-        assert (world, task, backend) == (1, "parity.threads:run", None), task
-        assert deadline_s > 0
-        return [threads.run(None, order) for order in payloads]
+        """Run the task in every rank of a world, as `parity.judge.Pool` says."""
+        if task == "parity.threads:run":  # no start-up, and no process to lose
+            return [threads.run(None, order) for order in payloads]
+        if self._gangs is None:
+            self._gangs = GangPool(max_live_ranks=MAX_LIVE_RANKS)
+        return self._gangs.run(world, task, payloads, deadline_s, backend or "gloo")
+
+    def close(self) -> None:
+        """End every process."""
+        if self._gangs is not None:
+            self._gangs.close()
+
+
+@contextlib.contextmanager
+def open_judge() -> Iterator[Judge]:
+    """Give a judge of the implementation that faults are planted in; end its ranks after."""
+    ranks = Ranks()
+    try:
+        yield Judge(implementation=DEFAULT_IMPLEMENTATION, pool=ranks)
+    finally:
+        ranks.close()
 
 
 @dataclass(frozen=True)
@@ -74,7 +98,7 @@ class Entry:
     detectors: dict[str, bool]
     cases: tuple[str, ...]
     survived: tuple[str, ...] = ()
-    """Cases that should have shown it and did not."""
+    """Cases that should have shown it and did not, or ended in an error."""
     variants: tuple[Entry, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,15 +109,19 @@ class Entry:
 def choose(fault: Fault, cases: Iterable[Case]) -> list[Case]:
     """Choose the smallest set that shows a fault: SHAPES shapes and, on the first, Adam.
 
-    The order of the suite decides: its first shapes tell most causes apart.
+    The order of the suite decides: its first shapes tell most causes apart. A fault that is `real`
+    is also shown once on ranks that are processes.
     """
-    able = [case for case in cases if fault.can_show(case)]
+    cases = list(cases)
+    able = [c for c in cases if fault.can_show(c) and c.engine.backend == "threads"]
     plain = [case for case in able if case.optimizer.name not in HIDES]
     chosen: dict[Any, Case] = {}
     for case in plain or able:
         chosen.setdefault((case.shape, case.engine.gas), case)
     kept = list(chosen.values())[:SHAPES]
     kept += [c for c in able if plain and kept and _same_but_optimizer(c, kept[0])][:1]
+    if fault.real or not kept:
+        kept += [c for c in cases if fault.can_show(c) and c.engine.backend != "threads"][:1]
     return kept
 
 
@@ -107,7 +135,7 @@ def run_faults(
     faults: Sequence[Fault],
     cases: Sequence[Case],
     *,
-    judge: Judge | None = None,
+    judge: Judge,
     done: Callable[[Entry], None] = lambda _: None,
 ) -> list[Entry]:
     """Judge every fault on its cases.
@@ -118,7 +146,6 @@ def run_faults(
         judge: a judge whose clean runs may be used again.
         done: told every entry when it is ready.
     """
-    judge = judge or Judge(implementation="fold_impl", pool=InProcess())
     entries = []
     for fault in faults:
         each = [_run(variant, cases, judge) for variant in fault.all_variants()]
@@ -129,10 +156,15 @@ def run_faults(
 
 def _run(fault: Fault, cases: Sequence[Case], judge: Judge) -> Entry:
     start = time.perf_counter()
-    chosen = choose(fault, cases)
-    seen = [observe(fault, case, judge) for case in chosen]
+    chosen, survived = choose(fault, cases), []
+    seen: list[Seen] = []
+    for case in chosen:
+        try:
+            seen.append(observe(fault, case, judge))
+        except Exception as error:  # whatever a fault breaks, the others are still run
+            survived.append(f"{case.id}: {type(error).__name__}: {error}")
     causes = diagnose(seen)
-    survived = [
+    survived += [
         s.made_of.case.id for s in seen
         if not DETECTORS["ours"](s) and (s.optimizer not in HIDES or s is seen[0])
     ]  # fmt: skip
@@ -155,7 +187,8 @@ def observe(fault: Fault, case: Case, judge: Judge) -> Seen:
     """Judge one case with a fault planted in the folded run."""
     planted = judge.with_planted(fault.planted(case))
     rows = planted.rows(case)
-    assert planted.last is not None, rows[0].reason
+    if planted.last is None:
+        raise ParityError(f"case {case.id}: {rows[0].reason}")
     return Seen(planted.last, rows)
 
 
@@ -284,4 +317,12 @@ def listing(faults: Sequence[Fault]) -> str:
     return tables.grid(rows, dict(zip(headers, headers, strict=True)))
 
 
-__all__ = ["Entry", "choose", "facts", "run_faults", "write"]
+def described(fault: Fault) -> dict[str, Any]:
+    """Give a fault as plain values."""
+    plain = asdict(replace(fault, options={}, variants=(), cannot=()))
+    for key in ("options", "variants", "cannot", "real"):
+        del plain[key]
+    blind = [{"when": b.when, "algebra": b.algebra} for b in fault.cannot]
+    return {
+        **plain, "own": fault.id in OWN, "cannot": blind, "variants": [v.id for v in fault.variants]
+    }  # fmt: skip

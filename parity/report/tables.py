@@ -264,9 +264,9 @@ def headline(rows: Sequence[Row]) -> str:
         return "No cell was run."
     said = []
     if failed := count["fail"] + count["leak"]:
-        said.append(f"{failed} of {cells} cells failed: {'; '.join(_findings(rows))}.")
+        said.append(f"{failed} of {cells} cells failed: {'; '.join(findings(rows))}.")
     if count["error"]:
-        said.append(f"{count['error']} of {cells} cells errored: {_first_error(rows)}.")
+        said.append(f"{count['error']} of {cells} cells errored: {first_error(rows)}.")
     if not said:
         said.append(f"{count['pass']} of {cells} cells passed ({count['rows']} rows).")
     if count["skipped"]:
@@ -274,7 +274,7 @@ def headline(rows: Sequence[Row]) -> str:
     return " ".join(said)
 
 
-def _findings(rows: Sequence[Row], most: int = 3) -> list[str]:
+def findings(rows: Sequence[Row], most: int = 3) -> list[str]:
     """Sum up, per failing case, the earliest quantity that is wrong; the commonest first."""
     where: dict[str, set[str]] = {}
     for failure in failures(rows, lambda case: case):
@@ -309,7 +309,8 @@ def _finding(row: Row) -> str:
     return f"{what} differs{causes}"
 
 
-def _first_error(rows: Iterable[Row]) -> str:
+def first_error(rows: Iterable[Row]) -> str:
+    """Give the first line of the first error."""
     reasons = [row.reason or "no reason given" for row in rows if row.verdict == "error"]
     first = reasons[0].strip().splitlines()[0] if reasons else "no row"
     return first.rstrip(".")

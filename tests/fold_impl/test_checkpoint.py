@@ -51,7 +51,8 @@ Fold = tuple[int, int, int, int]
 
 def case(**fields: Any) -> Case:
     """Describe the tiny model; every dp rank and micro-batch has another number of tokens."""
-    given = {"shape.world": 4, "model.shared_width": 24, "engine.dtype": "float64", **fields}
+    sizes = {"model.layers": 1, "model.shared_width": 24, "data.length": 3}
+    given = {"shape.world": 4, "engine.dtype": "float64", **sizes, **fields}
     return make(given, suite="test", file="test")
 
 
@@ -205,3 +206,585 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: Mapping[st
         assert other["result"].notes == ()
         assert one["saved"]["training"]["global_steps"] == 5
         assert one["saved"]["training"]["micro_steps"] == 10
+
+
+# ---------------------------------------------------------------- resharding
+
+
+def reference_curve() -> list[float]:
+    """Train the model itself, neither folded nor wrapped, with torch alone."""
+    model = full_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule, losses = scheduler_of(optimizer), []
+    for step in range(1, STEPS + 1):
+        micro = [model(**batch) / MICRO_BATCHES for batch in step_batches(step)]
+        sum(micro).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(sum(micro).detach()))
+    return losses
+
+
+def whole_run(runtime: ThreadRuntime, fold: Fold, folder: Path | None) -> list[float]:
+    """Train all steps, saving after the fifth."""
+    engine = build(runtime, fold)
+    losses = train(engine, 1, 5)
+    if folder is not None:
+        engine.save_checkpoint(folder)
+    return losses + train(engine, 6, STEPS)
+
+
+def resharded_run(
+    runtime: ThreadRuntime, fold: Fold, source: Path, first: int, last: int, target: Path
+) -> list[float]:
+    """Load another layout's checkpoint, save it unchanged, train, save again."""
+    engine = build(runtime, fold, seed=9)
+    loaded = checkpoint.load(engine, source, reshard=True)
+    assert len(loaded.notes) == 1
+    assert "random state not restored" in loaded.notes[0]
+    engine.save_checkpoint(target, tag="as-loaded")
+    losses = train(engine, first, last)
+    engine.save_checkpoint(target)
+    return losses
+
+
+def everything(folder: Path, tag: str | None = None) -> dict[str, Tensor]:
+    """Read every full tensor of a checkpoint."""
+    path = archive.find(folder, tag)
+    index = archive.read_index(path)
+    with archive.Reader(path, index) as reader:
+        return {key: reader.whole(key) for key in index.tensors}
+
+
+def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare full tensors bit for bit."""
+    assert set(actual) == set(expected)
+    for key, tensor in expected.items():
+        assert actual[key].dtype == tensor.dtype, key
+        assert torch.equal(actual[key], tensor), key
+
+
+def test_the_loss_curve_is_one_process_s_at_any_layout_and_through_reshards(
+    tmp_path: Path,
+) -> None:
+    """Ten AdamW steps in float64 at three shapes, and w8 -> w4 -> one process: the same curve.
+
+    Every reshard keeps weights and optimizer state bit for bit: what the next layout saves as
+    loaded is, tensor by tensor, what it was given.
+    """
+    expected = reference_curve()
+    assert expected[-1] < 0.97 * expected[0]
+    folders = [tmp_path / name for name in ("w8", "w4", "one")]
+    for name in ("one", "w4-tp4-etp2", "w8-tp4-ep4"):
+        fold = SHAPES[name]
+        target = folders[0] if fold[0] == 8 else None
+        parts = run_ranks(fold[0], partial(whole_run, fold=fold, folder=target))
+        assert_close(curve(fold, parts), expected)
+    ends = (("w4-tp2-ep2", 6, 8), ("one", 9, STEPS))
+    for (name, first, last), source, target in zip(ends, folders, folders[1:], strict=False):
+        fold = SHAPES[name]
+        work = partial(
+            resharded_run, fold=fold, source=source, first=first, last=last, target=target
+        )
+        parts = run_ranks(fold[0], work)
+        assert_close(curve(fold, parts), expected[first - 1 : last])
+        assert_same_tensors(everything(target, "as-loaded"), everything(source))
+
+
+def assert_close(actual: Sequence[float], expected: Sequence[float]) -> None:
+    """Allow 64 u a step: rounding enters anew at each and AdamW carries it on."""
+    for step, (one, other) in enumerate(zip(actual, expected, strict=True), start=1):
+        assert abs(one / other - 1) <= 64 * U * step, f"step {step}: {one} against {other}"
+
+
+# ---------------------------------------------------------------- one process: fast worlds of one
+
+
+def alone(
+    seed: int = 0, optimizer: Mapping[str, Any] = ADAMW, schedule: bool = True, **fields: Any
+) -> NativeEngine:
+    """Build the engine of a world of one rank; no process group is made."""
+
+    def no_group(ranks: Sequence[int]) -> Any:
+        raise AssertionError(ranks)
+
+    config = FoldConfig.from_dict(fold_config((1, 1, 1, 1), optimizer, MICRO_BATCHES), world_size=1)
+    engine = build_engine(full_model(seed, **fields), config, 0, new_group=no_group)
+    if schedule:
+        engine.lr_scheduler = scheduler_of(engine.optimizer)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save one process after one AdamW step; tests copy it."""
+    folder = tmp_path_factory.mktemp("one")
+    engine = alone()
+    train(engine, 1, 1)
+    engine.save_checkpoint(folder, tag="good")
+    return folder
+
+
+@pytest.fixture
+def folder(checkpoint_of_one: Path, tmp_path: Path) -> Path:
+    """Copy the checkpoint, to be damaged."""
+    return shutil.copytree(checkpoint_of_one, tmp_path / "copy")
+
+
+MODEL_FILE = "model/shard-00001-model-00001-of-00001.safetensors"
+STATE_FILE = "optimizer/shard-00001-optimizer-00001-of-00001.safetensors"
+
+
+def remove(file: str) -> Callable[[Path], None]:
+    """Lose a file."""
+    return lambda path: (path / file).unlink()
+
+
+def cut_off(file: str, count: int) -> Callable[[Path], None]:
+    """Lose the last bytes of a file."""
+    return lambda path: os.truncate(path / file, (path / file).stat().st_size - count)
+
+
+def flip(file: str) -> Callable[[Path], None]:
+    """Change one bit in the middle of a file."""
+
+    def damage(path: Path) -> None:
+        content = bytearray((path / file).read_bytes())
+        content[len(content) // 2] ^= 1
+        (path / file).write_bytes(content)
+
+    return damage
+
+
+def rewrite(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    """Change the index and give it the checksum of what it then says: a wrong writer."""
+
+    def damage(path: Path) -> None:
+        body = json.loads((path / archive.INDEX).read_text())
+        body.pop("sha256")
+        change(body)
+        written = {"sha256": archive.digest(body), **body}
+        (path / archive.INDEX).write_text(json.dumps(written))
+
+    return damage
+
+
+def edit(path: Path) -> None:
+    """Change a counter in the index by hand."""
+    text = (path / archive.INDEX).read_text()
+    (path / archive.INDEX).write_text(text.replace('"global_steps": 1', '"global_steps": 7'))
+
+
+def swap_family(body: dict[str, Any]) -> None:
+    """Record an expert weight by the dense placement."""
+    placement = body["tensors"]["model/layers.0.moe.experts.w1"]["placement"]
+    placement |= {"family": "dense", "shards": [{"axis": "tp", "dim": 0, "segments": 1}]}
+
+
+def swap_state(body: dict[str, Any]) -> None:
+    """Record the momentum of an expert by the dense placement."""
+    stored = body["tensors"]["optimizer/state.layers.0.moe.experts.w1.exp_avg"]
+    stored["placement"] |= {"shards": [{"axis": "tp", "dim": 0, "segments": 1}]}
+
+
+def transpose_state(body: dict[str, Any]) -> None:
+    """Record the momentum of a weight in another shape than the weight's."""
+    body["tensors"]["optimizer/state.head.weight.exp_avg"]["shape"].reverse()
+
+
+def rename(body: dict[str, Any]) -> None:
+    """Record a weight under a name the model does not have."""
+    stored = body["tensors"].pop("model/norm.weight")
+    body["tensors"]["model/norm.gain"] = {**stored, "name": "norm.gain"}
+
+
+def exchange_names(path: Path) -> None:
+    """Exchange two equally large weights inside the file, and hash it anew."""
+    tensors = load_file(path / MODEL_FILE)
+    moved = {"layers.0.attention.q.weight", "layers.0.mlp.w1.weight"}
+    header = {key: {"saved_offsets": [0] * t.ndim} for key, t in tensors.items()}
+    header["head.weight"]["saved_offsets"] = [1, 0]
+    assert moved <= set(tensors)
+    save_file(tensors, path / MODEL_FILE, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(header)})
+    facts = {
+        "bytes": (path / MODEL_FILE).stat().st_size,
+        "sha256": archive.hash_of(path / MODEL_FILE),
+    }
+    rewrite(lambda body: body["files"].update({MODEL_FILE: facts}))(path)
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "missing shard": (remove(MODEL_FILE), (MODEL_FILE, "missing", "bytes", "no file")),
+    "missing optimizer": (remove(STATE_FILE), (STATE_FILE, "missing")),
+    "missing generators": (
+        remove("random/dp-00000-lane-00000.safetensors"),
+        ("random/dp-00000-lane-00000.safetensors: missing",),
+    ),
+    "missing index": (remove(archive.INDEX), (archive.INDEX, "missing")),
+    "truncated shard": (cut_off(STATE_FILE, 5), (STATE_FILE, "truncated", "expected", "found")),
+    "flipped bit": (flip(MODEL_FILE), (MODEL_FILE, "changed since written", "sha256")),
+    "truncated index": (cut_off(archive.INDEX, 9), (archive.INDEX, "not a whole index")),
+    "edited index": (edit, (archive.INDEX, "changed since written")),
+    "swapped family": (
+        rewrite(swap_family),
+        (
+            "layers.0.moe.experts.w1: another family or placement",
+            "expected expert cut dim 0 over ep, dim 1 over etp",
+            "found dense cut dim 0 over tp",
+        ),
+    ),
+    "swapped state": (
+        rewrite(swap_state),
+        ("state.layers.0.moe.experts.w1.exp_avg: placed unlike its weight", "over ep", "over tp"),
+    ),
+    "state of another shape": (
+        rewrite(transpose_state),
+        ("state.head.weight.exp_avg: placed unlike its weight", "(37, 48)", "(48, 37)"),
+    ),
+    "unknown weight": (
+        rewrite(rename),
+        ("other weights than the model's", "expected norm.weight", "found norm.gain"),
+    ),
+    "moved rectangle": (exchange_names, ("head.weight: another rectangle", "(0, 0)", "(1, 0)")),
+    "later format": (
+        rewrite(lambda body: body.update(version=2)),
+        ("unknown format", "('fold_impl.checkpoint', 1)", "('fold_impl.checkpoint', 2)"),
+    ),
+    "unlisted file": (
+        rewrite(lambda body: body["files"].pop(MODEL_FILE)),
+        (MODEL_FILE, "not listed"),
+    ),
+    "other layout": (
+        rewrite(lambda body: body["layout"].update(world_size=2)),
+        ("another layout", "expected world 1, tp 1, ep 1, etp 1", "found world 2, tp 1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_the_engine_stays(
+    folder: Path, what: str
+) -> None:
+    """The message names file or tensor, what was expected, what was found; no bit has moved."""
+    damage, said = REFUSALS[what]
+    damage(folder / "good")
+    engine = alone(seed=9)
+    train(engine, 1, 1)
+    before, draw = snapshot(engine), torch.get_rng_state()
+    with pytest.raises(CheckpointError) as refusal:
+        engine.load_checkpoint(folder)
+    assert [text for text in said if text not in str(refusal.value)] == [], str(refusal.value)
+    assert_same_bits(snapshot(engine), before)
+    assert torch.equal(torch.get_rng_state(), draw)
+
+
+def test_the_undamaged_checkpoint_is_taken(folder: Path) -> None:
+    """The near miss of every refusal: the same copy, not damaged, loads bit for bit."""
+    trained, engine = alone(), alone(seed=9)
+    train(trained, 1, 1)
+    path, client = engine.load_checkpoint(folder)
+    assert (path, client) == (str(folder / "good"), {})
+    assert_same_bits(snapshot(engine), snapshot(trained))
+
+
+@pytest.mark.parametrize(
+    ("present", "said"),
+    [
+        ({"optimizer": MOMENTUM}, "of another optimizer; expected SGD, found AdamW"),
+        ({"schedule": False}, "of another scheduler; expected none, found MultiStepLR"),
+        ({"model.shared_width": 0}, "weights the model does not have; expected none, found layers.0."),
+        ({"model.vocab": 41}, "embedding.weight: another shape; expected (41, 48), found (37, 48)"),
+        ({"model.biases": True}, "other weights than the model's; expected layers.0.attention."),
+    ],
+    ids=["optimizer", "scheduler", "shared", "vocabulary", "biases"],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    folder: Path, present: dict[str, Any], said: str
+) -> None:
+    """Optimizer, schedule, names and shapes are those of the run that is to go on."""
+    engine = alone(**present)
+    before = snapshot(engine)
+    with pytest.raises(CheckpointError) as refusal:
+        engine.load_checkpoint(folder)
+    assert said in str(refusal.value)
+    assert_same_bits(snapshot(engine), before)
+
+
+def test_weights_alone_can_be_taken_from_a_run_with_another_optimizer(folder: Path) -> None:
+    """load_module_only sets weights and leaves counters, schedule and optimizer."""
+    trained, engine = alone(), alone(seed=9, optimizer=MOMENTUM, schedule=False)
+    train(trained, 1, 1)
+    before = snapshot(engine)
+    engine.load_checkpoint(folder, load_module_only=True)
+    after = snapshot(engine)
+    assert_same_bits(after, {**before, "weights": snapshot(trained)["weights"]})
+
+
+def test_there_is_no_checkpoint(tmp_path: Path) -> None:
+    """Neither a folder without `latest` nor an unknown tag nor a path as tag is taken."""
+    engine = alone()
+    with pytest.raises(CheckpointError, match="latest: there is no checkpoint"):
+        engine.load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        engine.load_checkpoint(tmp_path, tag="step1")
+    for tag in ("../step1", "", ".hidden", "latest", "a/b"):
+        with pytest.raises(CheckpointError, match="not a tag"):
+            engine.load_checkpoint(tmp_path, tag=tag)
+        with pytest.raises(CheckpointError, match="not a tag"):
+            engine.save_checkpoint(tmp_path, tag=tag)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- what is saved
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"model": nn.Linear(1, 1)}, "client_state: not JSON"),
+        ({"loss": float("nan")}, "client_state: not JSON"),
+        ({"betas": (0.9, 0.95)}, r"client_state\['betas'\]: would come back changed"),
+        ({3: "three"}, r"client_state\[3\]: would come back changed"),
+    ],
+    ids=["object", "nan", "tuple", "integer key"],
+)
+def test_client_state_that_json_would_change_is_refused(
+    tmp_path: Path, state: Any, said: str
+) -> None:
+    """What comes back is what was given, or nothing is saved."""
+    with pytest.raises(CheckpointError, match=said):
+        alone().save_checkpoint(tmp_path, client_state=state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_is_not_finished_is_not_saved(tmp_path: Path) -> None:
+    """Accumulated gradients are not part of a checkpoint."""
+    engine = alone()
+    engine.backward(engine(**step_batches(1)[0]))
+    engine.step()
+    with pytest.raises(CheckpointError, match="the end of a step, found after micro-batch 1 of 4"):
+        engine.save_checkpoint(tmp_path)
+
+
+def test_state_that_is_shaped_unlike_its_parameter_is_not_saved(tmp_path: Path) -> None:
+    """A factored second moment could not be cut by the parameter's placement."""
+    engine = alone()
+    train(engine, 1, 1)
+    member = engine.folded_parameters[0]
+    engine.optimizer.state[member.parameter]["row"] = torch.zeros(37)
+    with pytest.raises(CheckpointError, match=r"embedding.weight: row: is shaped unlike"):
+        engine.save_checkpoint(tmp_path)
+
+
+def test_generators_go_on_where_the_saved_run_was(tmp_path: Path) -> None:
+    """torch, Python and NumPy draw after a load what they drew after the save."""
+    import random
+
+    def draws() -> list[Any]:
+        return [torch.rand(3).tolist(), random.gauss(0, 1), np.random.rand(2).tolist()]
+
+    kept = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        random.gauss(0, 1)
+        engine = alone()
+        engine.save_checkpoint(tmp_path)
+        expected = draws()
+        assert draws() != expected
+        alone(seed=9).load_checkpoint(tmp_path)
+        assert draws() == expected
+    finally:
+        torch.set_rng_state(kept[0])
+        random.setstate(kept[1])
+        np.random.set_state(kept[2])
+
+
+def reshard_with_warning(runtime: ThreadRuntime, source: Path, fold: Fold) -> tuple[str, ...]:
+    """Load and give the notes."""
+    engine = build(runtime, fold, schedule=False)
+    return checkpoint.load(engine, source, reshard=True).notes
+
+
+def test_generators_follow_the_dense_view_and_a_reshard_of_it_says_so(tmp_path: Path) -> None:
+    """Another ep keeps (dp, tp) and so the generators; another tp does not, and is told."""
+    fold = SHAPES["w4-tp2-ep4"]
+    run_ranks(4, lambda runtime: build(runtime, fold, schedule=False).save_checkpoint(tmp_path))
+    other_ep = (4, 2, 2, 2)
+    for target, count in ((other_ep, 0), (SHAPES["w4-tp4-etp2"], 1)):
+        notes = run_ranks(4, partial(reshard_with_warning, source=tmp_path, fold=target))
+        assert [len(found) for found in notes] == [count] * 4
+    with pytest.warns(UserWarning, match=r"saved for dp 2 x tp 2, this run is dp 1 x tp 1"):
+        alone(schedule=False).load_checkpoint(tmp_path, reshard=True)
+
+
+def test_each_distinct_part_is_written_once(tmp_path: Path) -> None:
+    """Files hold as many elements as the model, though 8 ranks hold most of them many times."""
+    fold = SHAPES["w8-tp4-ep4"]
+    run_ranks(8, lambda runtime: build(runtime, fold, schedule=False).save_checkpoint(tmp_path))
+    files = sorted((tmp_path / "global_step0" / "model").glob("*.safetensors"))
+    elements = sum(t.numel() for file in files for t in load_file(file).values())
+    assert elements == sum(p.numel() for p in full_model().parameters())
+    assert [file.name[:11] for file in files] == [f"shard-0000{n}" for n in (1, 2, 3, 4)]
+
+
+def test_torch_s_own_reader_reads_the_shards(tmp_path: Path) -> None:
+    """Independent oracle: torch.distributed.checkpoint rebuilds the weights from our files."""
+    fold = SHAPES["w4-tp2-ep4"]
+    run_ranks(4, lambda runtime: build(runtime, fold, schedule=False).save_checkpoint(tmp_path))
+    expected = full_model().state_dict()
+    found = {name: torch.full_like(tensor, -1.0) for name, tensor in expected.items()}
+    reader = HuggingFaceStorageReader(str(tmp_path / "global_step0" / "model"))
+    with pytest.warns(UserWarning, match="assuming the intent is to load in a single process"):
+        dcp.load(found, storage_reader=reader, no_dist=True)
+    assert_same_tensors(found, expected)
+
+
+# ---------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_export_loads_into_the_original_model(tmp_path: Path, tied: bool) -> None:
+    """Split over several files or not, every name is there, tied ones too, bit for bit."""
+    engine = alone(**{"model.tied": tied})
+    engine.save_checkpoint(tmp_path / "run")
+    expected = full_model(**{"model.tied": tied}).state_dict()
+    single = checkpoint.export(tmp_path / "run", tmp_path / "single")
+    assert_same_tensors(load_file(single / "model.safetensors"), expected)
+    split = checkpoint.export(tmp_path / "run", tmp_path / "split", shard_bytes=100_000)
+    listed = json.loads((split / "model.safetensors.index.json").read_text())
+    files = sorted(set(listed["weight_map"].values()))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    parts = [load_file(split / file) for file in files]
+    merged = {name: tensor for part in parts for name, tensor in part.items()}
+    assert listed["metadata"]["total_size"] == sum(t.nbytes for t in merged.values())
+    other = full_model(seed=9, **{"model.tied": tied})
+    other.load_state_dict(merged)
+    assert_same_tensors(other.state_dict(), expected)
+
+
+def test_an_export_of_a_sharded_run_is_the_original_model(tmp_path: Path) -> None:
+    """Four ranks' parts become the full model again."""
+    fold = SHAPES["w4-tp4-etp2"]
+    run_ranks(4, lambda runtime: build(runtime, fold, schedule=False).save_checkpoint(tmp_path))
+    assert_same_tensors(checkpoint.state_dict(tmp_path), full_model().state_dict())
+
+
+def test_an_export_refuses_a_damaged_checkpoint_and_an_existing_target(folder: Path) -> None:
+    """Nothing is left behind."""
+    with pytest.raises(CheckpointError, match="exists already"):
+        checkpoint.export(folder, folder)
+    flip(MODEL_FILE)(folder / "good")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(CheckpointError, match="changed since written"):
+        checkpoint.export(folder, folder / "export")
+    assert sorted(folder.rglob("*")) == before
+
+
+class Buffered(models.Tiny):
+    """The tiny model with a persistent buffer (as a router's correction bias) and another."""
+
+    def __init__(self) -> None:
+        super().__init__(case().model)
+        self.register_buffer("bias", torch.arange(3.0))
+        self.register_buffer("table", torch.zeros(2), persistent=False)
+        self.double()
+
+
+def test_persistent_buffers_are_saved_loaded_and_exported(tmp_path: Path) -> None:
+    """A correction bias that training moved comes back; a rebuilt table is not stored."""
+
+    def made(runtime: ThreadRuntime, source: Path | None) -> NativeEngine:
+        torch.manual_seed(runtime.rank)
+        engine = build(runtime, (1, 1, 1, 1), schedule=False, model=Buffered())
+        if source is not None:
+            engine.load_checkpoint(source)
+        else:
+            engine.module.get_buffer("bias").add_(0.5)
+            engine.save_checkpoint(tmp_path)
+        return engine
+
+    run_ranks(1, partial(made, source=None))
+    (engine,) = run_ranks(1, partial(made, source=tmp_path))
+    assert engine.module.get_buffer("bias").tolist() == [0.5, 1.5, 2.5]
+    assert set(checkpoint.state_dict(tmp_path)) == set(Buffered().state_dict())
+
+
+# ---------------------------------------------------------------- ranks that fail
+
+
+def test_a_shard_that_one_rank_finds_damaged_is_refused_by_all_alike(tmp_path: Path) -> None:
+    """One file of rank 3 is short: four ranks raise the same words and none has changed."""
+    fold = SHAPES["w4-tp2-ep4"]
+    run_ranks(4, partial(saved_run, folder=tmp_path, fold=fold))
+    file = "model/shard-00004-model-00001-of-00001.safetensors"
+    cut_off(file, 1)(tmp_path / "global_step5")
+
+    def refused(runtime: ThreadRuntime) -> str:
+        engine = build(runtime, fold, seed=9)
+        before = snapshot(engine)
+        with pytest.raises(CheckpointError) as refusal:
+            engine.load_checkpoint(tmp_path)
+        assert_same_bits(snapshot(engine), before)
+        return str(refusal.value)
+
+    said = run_ranks(4, refused)
+    assert len(set(said)) == 1
+    assert f"{file}: truncated; expected" in said[0]
+    assert said[0].startswith("rank ")
+
+
+def test_a_layout_is_only_changed_when_asked(tmp_path: Path) -> None:
+    """Without reshard=True a checkpoint of another layout is refused on every rank."""
+    one = SHAPES["w4-tp2-ep4"]
+    run_ranks(4, lambda runtime: build(runtime, one, schedule=False).save_checkpoint(tmp_path))
+
+    def refused(runtime: ThreadRuntime) -> str:
+        engine = build(runtime, SHAPES["w4-tp2-ep2"], schedule=False)
+        with pytest.raises(CheckpointError) as refusal:
+            engine.load_checkpoint(tmp_path)
+        return str(refusal.value)
+
+    (said,) = set(run_ranks(4, refused))
+    assert "expected world 4, tp 2, ep 2, etp 1, found world 4, tp 2, ep 4, etp 1" in said
+
+
+def test_a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_the_previous(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk under rank 2: everybody raises, nothing partial stays, latest is the old one."""
+    fold = SHAPES["w4-tp2-ep4"]
+    run_ranks(4, lambda runtime: build(runtime, fold, schedule=False).save_checkpoint(tmp_path))
+    write = archive.write_tensors
+
+    def full_disk(root: Path, file: str, *rest: Any) -> dict[str, Any]:
+        if "shard-00003" in file:
+            raise OSError(28, "No space left on device")
+        return write(root, file, *rest)
+
+    monkeypatch.setattr(archive, "write_tensors", full_disk)
+
+    def failing(runtime: ThreadRuntime) -> str:
+        engine = build(runtime, fold, schedule=False)
+        with pytest.raises(CheckpointError) as failure:
+            engine.save_checkpoint(tmp_path, tag="second")
+        return str(failure.value)
+
+    (said,) = set(run_ranks(4, failing))
+    assert said == "rank 2: checkpoint: OSError: [Errno 28] No space left on device"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step0", "latest"]
+    assert (tmp_path / "latest").read_text() == "global_step0"
+
+
+def test_ranks_that_save_different_runs_are_refused(tmp_path: Path) -> None:
+    """Another tag on one rank would scatter a checkpoint over two directories."""
+
+    def confused(runtime: ThreadRuntime) -> str:
+        engine = build(runtime, SHAPES["w4-tp2-ep4"], schedule=False)
+        with pytest.raises(CheckpointError) as refusal:
+            engine.save_checkpoint(tmp_path, tag="odd" if runtime.rank == 3 else "even")
+        return str(refusal.value)
+
+    (said,) = set(run_ranks(4, confused))
+    assert "rank 3: saves another tag" in said
+    assert list(tmp_path.iterdir()) == []

@@ -117,7 +117,8 @@ def test_a_part_lives_in_memory_of_its_own() -> None:
     """A view would keep the full weight alive and stride through it."""
     for name, found in convert(tiny(), FoldLayout(8, 2, 2, 2)).items():
         parameter = found.parameter
-        assert parameter.is_contiguous() and parameter.is_leaf, name
+        assert parameter.is_contiguous(), name
+        assert parameter.is_leaf, name
         assert parameter.untyped_storage().nbytes() == parameter.numel() * 8, name
 
 
@@ -318,7 +319,8 @@ def test_a_size_that_does_not_divide_the_model_is_refused(
             convert(tiny(), layout, rank, **changes)
         assert refusal.value.key == key
         said.add(str(refusal.value))
-    assert len(said) == 1 and words in said.pop()
+    assert len(said) == 1
+    assert words in said.pop()
 
 
 def test_sizes_that_just_divide_are_not_refused() -> None:
@@ -357,9 +359,7 @@ def test_the_rank_alone_needs_no_group() -> None:
 
 
 @pytest.mark.xfail(strict=True, reason="defect: parameters of a block that no rule names vanish")
-@pytest.mark.parametrize(
-    "holder", ["layers.0.moe", "layers.0.moe.experts", "layers.0.moe.router"]
-)
+@pytest.mark.parametrize("holder", ["layers.0.moe", "layers.0.moe.experts", "layers.0.moe.router"])
 def test_a_parameter_of_a_block_that_folding_does_not_know_is_refused(holder: str) -> None:
     """An expert bias or a gate of the shared expert would be dropped and training go on."""
     model = tiny()

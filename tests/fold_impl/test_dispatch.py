@@ -170,7 +170,8 @@ def test_keeping_the_own_lanes_gradient_alone_is_not_the_adjoint() -> None:
     found = restored(3, 7)
     bounds = [share_bounds(7, Group((0, 1, 2), p, None)) for p in range(3)]
     own = [p._replace(backward=p.y[slice(*b)]) for p, b in zip(found, bounds, strict=True)]
-    assert not close(outer(own), inner(own)) and not close(outer(own), 3 * inner(own))
+    assert not close(outer(own), inner(own))
+    assert not close(outer(own), 3 * inner(own))
     y = found[0].y
     equal = [p._replace(y=y, backward=y[slice(*b)]) for p, b in zip(found, bounds, strict=True)]
     assert close(outer(equal), 3 * inner(equal))
@@ -316,7 +317,11 @@ def test_exchange_and_gather_equal_move_counts() -> None:
 def test_a_rank_alone_passes_every_tensor_through() -> None:
     """Without a communicator all of them are the identity, of the same object."""
     tp, x = alone().tp, random(4, H, seed=0)
-    assert enter_routed(x, tp) is x and restore_combined(x, 4, tp) is x
-    assert scatter_share(x, tp) is x and all_to_all(x, ([4], [4]), tp) is x
-    assert gather_rows(x, [4], tp) is x and scatter_rows(x, [4], tp) is x
-    assert exchange(x, [4], [4], tp) is x and gather_equal(x, tp) is x
+    assert enter_routed(x, tp) is x
+    assert restore_combined(x, 4, tp) is x
+    assert scatter_share(x, tp) is x
+    assert all_to_all(x, ([4], [4]), tp) is x
+    assert gather_rows(x, [4], tp) is x
+    assert scatter_rows(x, [4], tp) is x
+    assert exchange(x, [4], [4], tp) is x
+    assert gather_equal(x, tp) is x

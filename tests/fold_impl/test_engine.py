@@ -17,9 +17,7 @@ from fold_impl.points import Points
 from parity import case, models
 from tests.worlds import run_ranks
 
-SPEC = case.Model(
-    layers=1, hidden=48, heads=4, mlp_width=8, vocab=8, experts=4, expert_width=4
-)
+SPEC = case.Model(layers=1, hidden=48, heads=4, mlp_width=8, vocab=8, experts=4, expert_width=4)
 LR = 0.1
 
 
@@ -80,9 +78,12 @@ def test_initialize_gives_what_deepspeed_gives() -> None:
     """(engine, optimizer, None, lr_scheduler), in a world of one without a process group."""
     model = tiny()
     engine, optimizer, loader, scheduler = fold_impl.initialize(model=model, config=written())
-    assert isinstance(engine, NativeEngine) and engine.module is model
-    assert isinstance(optimizer, torch.optim.SGD) and engine.optimizer is optimizer
-    assert loader is None and scheduler is None
+    assert isinstance(engine, NativeEngine)
+    assert engine.module is model
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert engine.optimizer is optimizer
+    assert loader is None
+    assert scheduler is None
     assert not torch.distributed.is_initialized()
 
 
@@ -95,7 +96,9 @@ def test_one_step_moves_every_weight_by_lr_times_its_gradient() -> None:
     train(engine, [0])
     expected = naive_gradients([0])
     for name, after in weights(model).items():
-        torch.testing.assert_close(after - before[name], -LR * expected[name], atol=1e-13, rtol=1e-9)
+        torch.testing.assert_close(
+            after - before[name], -LR * expected[name], atol=1e-13, rtol=1e-9
+        )
     assert engine.get_global_grad_norm() == pytest.approx(whole_norm(expected), rel=1e-12)
     assert (engine.global_steps, engine.micro_steps) == (1, 1)
 
@@ -106,14 +109,18 @@ def test_gradients_accumulate_to_their_mean_and_weights_move_at_the_boundary() -
     engine, *_ = fold_impl.initialize(model, written(gradient_accumulation_steps=3))
     before = weights(model)
     train(engine, [0, 1])
-    assert engine.global_steps == 0 and engine.get_global_grad_norm() is None
+    assert engine.global_steps == 0
+    assert engine.get_global_grad_norm() is None
     assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
     assert engine.is_gradient_accumulation_boundary()
     train(engine, [2])
-    assert engine.global_steps == 1 and not engine.is_gradient_accumulation_boundary()
+    assert engine.global_steps == 1
+    assert not engine.is_gradient_accumulation_boundary()
     expected = naive_gradients([0, 1, 2])
     for name, after in weights(model).items():
-        torch.testing.assert_close(after - before[name], -LR * expected[name], atol=1e-13, rtol=1e-9)
+        torch.testing.assert_close(
+            after - before[name], -LR * expected[name], atol=1e-13, rtol=1e-9
+        )
 
 
 def test_gradients_start_from_nothing_at_every_step() -> None:
@@ -163,7 +170,8 @@ def test_reducing_by_hand_before_the_step_reduces_once() -> None:
 def test_modes_and_layers_are_passed_through() -> None:
     """train(False) reaches the module; moe_layers lists the folded blocks in order."""
     engine, *_ = fold_impl.initialize(tiny(layers=2), written())
-    assert engine.train(False) is engine and not engine.module.training
+    assert engine.train(False) is engine
+    assert not engine.module.training
     assert [layer.layer for layer in engine.moe_layers()] == [0, 1]
     assert all(isinstance(layer, FoldedMoE) for layer in engine.moe_layers())
 
@@ -177,7 +185,8 @@ def test_auxiliary_losses_of_all_layers_can_be_asked_for() -> None:
     engine, *_ = fold_impl.initialize(tiny(layers=2), written(folding=folding))
     engine(**batch())
     parts = [float(layer.auxiliary.detach()) for layer in engine.moe_layers()]
-    assert len(parts) == 2 and min(parts) > 0
+    assert len(parts) == 2
+    assert min(parts) > 0
     assert float(engine.auxiliary_loss().detach()) == pytest.approx(sum(parts), rel=1e-15)
 
 
@@ -192,7 +201,7 @@ def test_an_optimizer_of_the_full_model_is_adopted_with_its_groups() -> None:
         named = dict(model.named_parameters())
         router = [p for n, p in named.items() if "router" in n]
         rest = [p for n, p in named.items() if "router" not in n]
-        groups = [{"params": rest}, {"params": router, "lr": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": rest}, {"params": router, "lr": 0.0}]
         optimizer = torch.optim.SGD(groups, lr=LR)
         config = FoldConfig.from_dict(folded_config(), 4)
         engine = build_engine(model, config, runtime.rank, optimizer, new_group=runtime.new_group)
@@ -268,7 +277,8 @@ def test_the_schedule_advances_once_per_optimizer_step() -> None:
     engine, given, _, returned = fold_impl.initialize(
         model, config, optimizer=optimizer, lr_scheduler=scheduler
     )
-    assert returned is scheduler and given is optimizer
+    assert returned is scheduler
+    assert given is optimizer
     train(engine, [0, 1, 2, 3])
     assert optimizer.param_groups[0]["lr"] == pytest.approx(LR / 4)
 
@@ -314,11 +324,14 @@ class Spy:
         self.asked = 0
 
     def __call__(self, ranks: Sequence[int]) -> Any:
+        """Count."""
         self.asked += 1
         return tuple(ranks)
 
 
-def refused(config: dict[str, Any], world: int, **kwargs: Any) -> tuple[ConfigError, int, nn.Module]:
+def refused(
+    config: dict[str, Any], world: int, **kwargs: Any
+) -> tuple[ConfigError, int, nn.Module]:
     """Build where it must be refused: the error, groups made, and the model."""
     spy, model = Spy(), tiny()
     with pytest.raises(ConfigError) as refusal:
@@ -330,7 +343,8 @@ def test_without_a_preset_nothing_is_built() -> None:
     """Refused by name before a group exists, with the ways to name one."""
     config = written(folding={}, tensor_parallel={"autotp_size": 2})
     error, groups, _ = refused(config, 2)
-    assert error.key == "expert_parallel.preset_model" and groups == 0
+    assert error.key == "expert_parallel.preset_model"
+    assert groups == 0
     assert "folding.preset" in str(error)
 
 
@@ -425,9 +439,9 @@ def test_a_config_that_is_no_table_is_refused_in_our_words(config: Any) -> None:
 @pytest.mark.parametrize(
     ("point", "transform", "factor"),
     [
-        ("batch.loss", lambda loss, micro_batch, gas: loss * gas, 2.0),
-        ("batch.loss", lambda loss, micro_batch, gas: loss, 1.0),
-        ("step.accumulate", lambda g, name, micro_batch, gas: g, 1.0),
+        ("batch.loss", lambda loss, gas, **_: loss * gas, 2.0),
+        ("batch.loss", lambda loss, **_: loss, 1.0),
+        ("step.accumulate", lambda g, **_: g, 1.0),
     ],
 )
 def test_a_missing_division_by_gas_shows_as_its_factor(

@@ -35,7 +35,8 @@ def test_one_expert_of_width_one_by_hand() -> None:
     """w1 = 1, w3 = 2, w2 = 3, x = 1: 3 * silu(1) * 2 = 6 / (1 + e^-1)."""
     table = {"w1": 1.0, "w3": 2.0, "w2": 3.0}
     module = RoutedExperts(
-        NAMES, {n: nn.Parameter(torch.full((1, 1, 1), w, dtype=torch.float64)) for n, w in table.items()}
+        NAMES,
+        {n: nn.Parameter(torch.full((1, 1, 1), w, dtype=torch.float64)) for n, w in table.items()},
     )
     y = module(torch.ones(1, 1, dtype=torch.float64), [1])
     assert float(y.detach()) == pytest.approx(6 / (1 + math.exp(-1)), rel=1e-14)

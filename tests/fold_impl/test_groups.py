@@ -74,7 +74,7 @@ def test_a_planted_table_changes_positions_and_its_near_miss_does_not() -> None:
 
     faulty, watched = Points(), Points()
     faulty.plant("groups.table", reverse)
-    watched.plant("groups.table", lambda table, axis: table)
+    watched.plant("groups.table", lambda table, **_: table)
     assert recorded(FOLDED, 0, faulty)[0].ep.index == 1
     assert recorded(FOLDED, 0, watched)[0].ep.index == 0
     assert recorded(FOLDED, 0, faulty)[0].tp.index == 0

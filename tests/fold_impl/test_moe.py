@@ -30,6 +30,7 @@ from parity.layout import Layout
 from tests.worlds import U, fold_groups, random, run_ranks
 
 LIMIT = 64 * U
+NO_LOSS = AuxiliaryOptions()
 SPEC = case.Model(hidden=48, experts=8, expert_width=4, top_k=2, mlp_width=12, heads=12)
 
 
@@ -71,7 +72,7 @@ class World:
     layout: FoldLayout
     tokens: Sequence[int]
     spec: case.Model = SPEC
-    auxiliary: AuxiliaryOptions = AuxiliaryOptions()
+    auxiliary: AuxiliaryOptions = NO_LOSS
 
     def x(self, dp_rank: int) -> Tensor:
         """Give the (T, H) input of one dp rank; feature 0 is positive, the idle expert hates it."""
@@ -101,7 +102,9 @@ def truth(world: World) -> Found:
     layout, model = world.layout, holder(world.spec)
     tp, dp = layout.tp_size, layout.dp_size
     inputs = [world.x(r).requires_grad_() for r in range(dp)]
-    total, outputs, indices = torch.zeros((), dtype=torch.float64), {}, {}
+    total = torch.zeros((), dtype=torch.float64)
+    outputs: dict[tuple[int, int], Tensor] = {}
+    indices: dict[tuple[int, int], Tensor] = {}
     for r, x in enumerate(inputs):
         y = model(x) if len(x) else x  # the naive loop needs a token
         mean = torch.stack([world.cotangent(r, lane) for lane in range(tp)]).mean(0)
@@ -148,7 +151,8 @@ def one_rank(world: World, runtime: Any, plant: Callable[[Points], None] | None)
     reduce_gradients(parameters, groups, points)
     assert x.grad is not None
     layer = model.get_submodule("moe")
-    assert isinstance(layer, FoldedMoE) and layer.indices_TK is not None
+    assert isinstance(layer, FoldedMoE)
+    assert layer.indices_TK is not None
     return {
         "y": y.detach(),
         "x": x.grad,
@@ -235,7 +239,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("changes", OPTIONS, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()))
+@pytest.mark.parametrize(
+    "changes", OPTIONS, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items())
+)
 def test_every_router_and_expert_option_is_the_naive_one(changes: dict[str, Any]) -> None:
     """Top-k 1, 2, 4, both scores, with and without normalising, biases, a shared expert."""
     cell = World(FoldLayout(4, 2, 2, 2), [5, 2], SPEC.model_copy(update=changes))
@@ -274,7 +280,7 @@ def planted(point: str, transform: Callable[..., Any], cell: World = FAULTY) -> 
 
 def test_a_tap_changes_nothing() -> None:
     """Near miss of every fault below: planting the identity is no fault."""
-    assert planted("moe.restored", lambda y, layer: y) == set()
+    assert planted("moe.restored", lambda y, **_: y) == set()
 
 
 @pytest.mark.parametrize(
@@ -317,7 +323,7 @@ def own_rows_only(_: Any, group: Any, layer: int) -> Any:
 class UniformWorld(World):
     """Every lane of a dp rank has the same consumer."""
 
-    def cotangent(self, dp_rank: int, lane: int) -> Tensor:
+    def cotangent(self, dp_rank: int, lane: int) -> Tensor:  # noqa: ARG002 - all lanes alike
         """Give lane 0's output gradient to all lanes."""
         return super().cotangent(dp_rank, 0)
 
@@ -333,14 +339,19 @@ def test_keeping_own_rows_in_the_restore_is_invisible_with_equal_lanes() -> None
     assert planted("moe.restore", own_rows_only, cell) == set()
 
 
+def without_boundary(*_: Any, **__: Any) -> Any:
+    """Replace the boundary by the identity."""
+    return lambda x, _: x
+
+
 def test_without_the_input_boundary_only_what_is_below_the_layer_is_wrong() -> None:
     """Fault input-grad-partial: the parameters of the layer itself do not see it."""
-    assert planted("moe.input", lambda _, group, layer: lambda x, g: x) == {"inputs"}
+    assert planted("moe.input", without_boundary) == {"inputs"}
 
 
 def test_rolled_experts_are_permuted_not_scaled() -> None:
     """Fault expert-index-roll: the output is wrong and with it everything behind."""
-    hit = planted("router.indices", lambda i, layer: (i + 1) % SPEC.experts)
+    hit = planted("router.indices", lambda i, **_: (i + 1) % SPEC.experts)
     assert {"outputs", *EXPERTS} <= hit
 
 
@@ -357,7 +368,8 @@ def aux_losses(scope: str) -> tuple[list[Tensor], Tensor]:
         parameters = fold(model, preset(cell.spec), groups, options, points)
         model(cell.x(groups.dp.index))
         layer = model.get_submodule("moe")
-        assert isinstance(layer, FoldedMoE) and isinstance(layer.auxiliary, Tensor)
+        assert isinstance(layer, FoldedMoE)
+        assert isinstance(layer.auxiliary, Tensor)
         layer.auxiliary.backward()
         reduce_gradients(parameters, groups, points)
         gradient = model.get_parameter("moe.router.weight").grad

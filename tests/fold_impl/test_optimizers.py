@@ -72,7 +72,8 @@ def test_lion_without_a_gradient_leaves_weight_and_state_alone() -> None:
     w = weight(2.0, None)
     lion = Lion([w], lr=1.0, weight_decay=0.1)
     lion.step()
-    assert float(w.detach()) == 2.0 and not lion.state
+    assert float(w.detach()) == 2.0
+    assert not lion.state
 
 
 def test_options_the_optimizer_does_not_take_are_refused() -> None:

@@ -16,8 +16,8 @@ def test_a_point_without_a_transformation_passes_its_value_on() -> None:
 def test_transformations_run_in_the_order_they_were_planted() -> None:
     """Plus one, then times ten; at another point nothing happens."""
     points = Points()
-    points.plant("router.logits", lambda x, layer: x + 1)
-    points.plant("router.logits", lambda x, layer: 10 * x)
+    points.plant("router.logits", lambda x, **_: x + 1)
+    points.plant("router.logits", lambda x, **_: 10 * x)
     assert points("router.logits", 1, layer=0) == 20
     assert points("router.weights", 1, layer=0) == 1
 

@@ -1,4 +1,4 @@
-"""Local gradients -> the objective's: each rule on hand-made numbers, buckets, norm and clipping."""
+"""Local gradients -> the objective's: rules on hand-made numbers, buckets, norm and clipping."""
 
 from __future__ import annotations
 
@@ -115,7 +115,8 @@ def test_an_idle_expert_ends_with_a_zero_gradient_not_none() -> None:
     """None everywhere becomes zeros of the parameter's shape."""
     one = member("w", "expert", value=None, size=3)
     reduce_gradients([one], alone(), Points())
-    assert one.parameter.grad is not None and one.parameter.grad.tolist() == [0.0, 0.0, 0.0]
+    assert one.parameter.grad is not None
+    assert one.parameter.grad.tolist() == [0.0, 0.0, 0.0]
 
 
 # ---------------------------------------------------------------- buckets
@@ -167,7 +168,7 @@ def collectives(
 def test_the_number_of_collectives_does_not_grow_with_parameters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three rules, one flat all-reduce each, and one for the norm: 4, for 3 as for 60 parameters."""
+    """Three rules, one flat all-reduce each, one for the norm: 4, for 3 as for 60 parameters."""
     assert collectives(monkeypatch, mixed(1)) == 4
     assert collectives(monkeypatch, mixed(20)) == 4
 
@@ -185,7 +186,8 @@ def test_bucketing_does_not_change_a_gradient(limit: int) -> None:
     before = [p.parameter.grad for p in parameters]
     reduce_gradients(parameters, alone(), Points(), bucket_numel=limit)
     for given, expected in zip(parameters, before, strict=True):
-        assert given.parameter.grad is not None and expected is not None
+        assert given.parameter.grad is not None
+        assert expected is not None
         assert given.parameter.grad.shape == given.parameter.shape
         assert torch.equal(given.parameter.grad, expected)
 
@@ -194,9 +196,14 @@ def test_points_see_every_gradient_before_and_after_and_every_bucket() -> None:
     """Names arrive with family and layout; what a point returns is what is kept."""
     seen: list[tuple[str, str]] = []
     points = Points()
-    points.plant("reduce.gradient", lambda g, name, family, layout: seen.append((name, family)) or g)
-    points.plant("reduce.bucket", lambda flat, rule, members: flat + 1)
-    points.plant("reduce.reduced", lambda g, name, family, layout: 10 * g)
+
+    def note(gradient: Tensor, name: str, family: str, **_: Any) -> Tensor:
+        seen.append((name, family))
+        return gradient
+
+    points.plant("reduce.gradient", note)
+    points.plant("reduce.bucket", lambda flat, **_: flat + 1)
+    points.plant("reduce.reduced", lambda gradient, **_: 10 * gradient)
     parameters = [member("a", "router", value=2.0), member("b", "expert", value=3.0)]
     reduce_gradients(parameters, alone(), points)
     assert seen == [("a", "router"), ("b", "expert")]
@@ -229,7 +236,7 @@ def test_the_global_norm_counts_each_distinct_shard_once() -> None:
 
 
 def test_counting_replicas_or_dropping_a_shard_is_another_number() -> None:
-    """Fault norm-replicas-counted planted at norm.square: every part counted twice is sqrt(2) off."""
+    """Fault norm-replicas-counted, planted at norm.square: each part as often as it is held."""
     points = Points()
     points.plant("norm.square", lambda square, copies, **_: square * copies)
     # replicated: 4 copies; TP shards: dp = 2 each; experts: edp = 2 each
@@ -241,7 +248,7 @@ def test_the_norm_of_no_gradient_is_zero_and_the_total_can_be_watched() -> None:
     """Before any backward there is nothing to add; norm.total passes the result."""
     assert global_norm([member("w", "dense", value=None)], alone(), Points()) == 0.0
     points = Points()
-    points.plant("norm.total", lambda norm, groups: norm / 2)
+    points.plant("norm.total", lambda norm, **_: norm / 2)
     assert global_norm([member("w", "dense", value=8.0)], alone(), points) == 4.0
 
 

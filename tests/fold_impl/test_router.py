@@ -71,7 +71,7 @@ def test_forced_experts_are_weighted_by_their_own_scores() -> None:
 
 
 def test_the_gradient_of_a_single_normalised_weight_is_nothing() -> None:
-    """w / w = 1: with top-1 the main loss does not reach the router; without normalising it does."""
+    """w / w = 1: with top-1 the main loss does not reach the router, unless not normalised."""
     logits = random(5, 4, seed=1).requires_grad_()
     probe = random(5, 1, seed=2)
     (normalised,) = torch.autograd.grad((pick(logits, 1).weights_TK * probe).sum(), logits)
@@ -108,9 +108,7 @@ def auxiliary(
         (AuxiliaryOptions(load_balance=0.5, z_loss=0.25, scope="global"), BALANCE / 2 + Z / 4),
     ],
 )
-def test_auxiliary_losses_of_two_tokens_by_hand(
-    options: AuxiliaryOptions, expected: float
-) -> None:
+def test_auxiliary_losses_of_two_tokens_by_hand(options: AuxiliaryOptions, expected: float) -> None:
     """Coefficients times E * sum f P and mean logsumexp^2; on one rank scopes agree."""
     assert options.active
     assert float(auxiliary(LOGITS, CHOSEN, options)) == pytest.approx(expected, rel=1e-15)
@@ -125,9 +123,7 @@ def test_load_counts_assignments_over_tokens_as_hugging_face_does() -> None:
 
 def test_sigmoid_scores_become_probabilities_before_they_are_averaged() -> None:
     """Rows (1/2, 2/3, 3/4) sum to 23/12: probability of expert 2 is 9/23 in the first row."""
-    one = auxiliary(
-        LOGITS[:1], CHOSEN[:1], AuxiliaryOptions(load_balance=1.0), score="sigmoid"
-    )
+    one = auxiliary(LOGITS[:1], CHOSEN[:1], AuxiliaryOptions(load_balance=1.0), score="sigmoid")
     assert float(one) == pytest.approx(3 * 9 / 23, rel=1e-15)
 
 
@@ -171,7 +167,8 @@ def test_global_scope_is_the_loss_over_the_tokens_of_all_dp_ranks() -> None:
 def test_lanes_of_one_dp_rank_have_the_same_loss_and_are_not_added_up() -> None:
     """Lanes route the same tokens: counting them twice would leave f as it is but double T."""
     losses, gradients, _, _ = global_and_rank("global")
-    assert losses[0] == losses[1] and losses[2] == losses[3]
+    assert losses[0] == losses[1]
+    assert losses[2] == losses[3]
     assert torch.equal(gradients[2], gradients[3])
 
 
@@ -185,10 +182,11 @@ def test_points_see_load_tokens_and_loss_and_may_change_them() -> None:
     """Doubling the load doubles the balance loss; the tap of the tokens reads 2."""
     points = Points()
     seen: dict[str, float] = {}
-    points.plant("auxiliary.load", lambda load, layer: 2 * load)
-    points.plant("auxiliary.tokens", lambda n, layer: seen.setdefault("tokens", float(n)))
+    points.plant("auxiliary.load", lambda load, **_: 2 * load)
+    points.plant("auxiliary.tokens", lambda n, **_: seen.setdefault("tokens", float(n)))
     loss = auxiliary(LOGITS, CHOSEN, AuxiliaryOptions(load_balance=1.0), points=points)
-    assert float(loss) == pytest.approx(2 * BALANCE) and seen == {"tokens": 2.0}
+    assert float(loss) == pytest.approx(2 * BALANCE)
+    assert seen == {"tokens": 2.0}
 
 
 def test_the_router_is_a_linear_map_that_adopts_the_given_parameters() -> None:
@@ -197,5 +195,6 @@ def test_the_router_is_a_linear_map_that_adopts_the_given_parameters() -> None:
     bias = nn.Parameter(torch.tensor([0.5, 0.0]))
     router = Router(weight, bias)
     assert router(torch.tensor([[3.0, 1.0]])).tolist() == [[5.5, -1.0]]
-    assert router.weight is weight and router.bias is bias
+    assert router.weight is weight
+    assert router.bias is bias
     assert Router(weight, None)(torch.tensor([[3.0, 1.0]])).tolist() == [[5.0, -1.0]]

@@ -1,4 +1,4 @@
-"""The dense path over TP lanes: two collectives and their adjoints, and linears against nn.Linear."""
+"""The dense path over TP lanes: two collectives, their adjoints, linears against nn.Linear."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+from torch.nn.functional import linear
 
-from fold_impl.families import Shard
 from fold_impl.convert import cut
+from fold_impl.families import Shard
 from fold_impl.groups import Group
 from fold_impl.points import Points
 from fold_impl.tensor_parallel import (
@@ -80,7 +80,8 @@ def test_enter_and_leave_do_not_touch_the_callers_tensors() -> None:
 def test_a_lane_alone_passes_through() -> None:
     """Without a communicator both are the identity."""
     x, tp = random(ROWS, IN, seed=1), alone().tp
-    assert enter_lanes(x, tp) is x and leave_lanes(x, tp) is x
+    assert enter_lanes(x, tp) is x
+    assert leave_lanes(x, tp) is x
 
 
 # ---------------------------------------------------------------- linears
@@ -99,8 +100,8 @@ def dense() -> tuple[Tensor, dict[str, Tensor]]:
     """Compute output and gradients of the pair of linears in one process."""
     leaves = {"x": X, **weights()}
     leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
-    hidden = torch.tanh(F.linear(leaves["x"], leaves["w"], leaves["b"]))
-    out = F.linear(hidden, leaves["v"], leaves["c"])
+    hidden = torch.tanh(linear(leaves["x"], leaves["w"], leaves["b"]))
+    out = linear(hidden, leaves["v"], leaves["c"])
     gradients = torch.autograd.grad(out, list(leaves.values()), Y)
     return out.detach(), dict(zip(leaves, gradients, strict=True))
 
@@ -172,7 +173,7 @@ def test_a_region_of_many_linears_enters_the_lanes_once(monkeypatch: pytest.Monk
             )
 
         def forward(self, hidden_states: Tensor) -> Tensor:
-            return torch.stack([linear(hidden_states) for linear in self.linears])
+            return torch.stack([part(hidden_states) for part in self.linears])
 
     reduced: list[int] = []
     original = dist.all_reduce
@@ -206,7 +207,11 @@ TAIL = 2
 
 def latent(tp: Group, *, tail: int) -> nn.ModuleDict:
     """Cut the weights of one lane: down projection, up projection to the heads, output."""
-    full = {"a": random(3 + TAIL, IN, seed=1), "up": random(6, 3, seed=2), "o": random(OUT, 6, seed=3)}
+    full = {
+        "a": random(3 + TAIL, IN, seed=1),
+        "up": random(6, 3, seed=2),
+        "o": random(OUT, 6, seed=3),
+    }
     up = nn.Parameter(cut(full["up"], Shard("tp", 0), tp, "up").clone())
     out = nn.Parameter(cut(full["o"], Shard("tp", 1), tp, "o").clone())
     return nn.ModuleDict(

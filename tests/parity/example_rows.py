@@ -75,7 +75,13 @@ class FakeJudge:
 
     @contextlib.contextmanager
     def open(
-        self, implementation: str, device: str, first: Case, *, max_live_ranks: int
+        self,
+        implementation: str,
+        device: str,
+        first: Case,
+        *,
+        max_live_ranks: int,
+        engines: Collection[str] = (),
     ) -> Iterator[FakeJudge]:
         """Stand in the place of `parity.session.open_judge`."""
         self.opened.append((implementation, device, first.id, max_live_ranks))

@@ -11,7 +11,9 @@ import torch
 from parity import batches, case
 
 
-def made(dp: int = 3, step: int = 1, seed: int = 0, **fields: Any) -> list[list[batches.MicroBatch]]:
+def made(
+    dp: int = 3, step: int = 1, seed: int = 0, **fields: Any
+) -> list[list[batches.MicroBatch]]:
     """Draw the batches of a small case."""
     flat = {"shape.world": dp, "model.vocab": 11, "engine.gas": 2, **fields}
     return batches.make(case.make(flat, suite="s", file="f"), dp, step, seed)
@@ -46,7 +48,7 @@ def test_the_mean_of_scaled_losses_is_the_mean_token_loss() -> None:
 
 def test_the_scale_changes_from_step_to_step_where_asked() -> None:
     """step_scale 1/2: the third step's scale is a quarter of the first one's, tokens aside."""
-    kept = {"data.step_scale": 0.5}
+    kept: dict[str, Any] = {"data.step_scale": 0.5}
     first, third = (flat(made(step=step, **kept))[0].loss_scale for step in (1, 3))
     assert third == pytest.approx(first / 4, rel=1e-15)
 
@@ -58,7 +60,7 @@ def test_tokens_differ_by_rank_micro_batch_step_and_seed_and_are_reproducible() 
     assert len(set(texts)) == 18
     again = flat(made())
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(again, drawn, strict=False))
-    assert all(0 <= int(b.input_ids.min()) and int(b.input_ids.max()) < 11 for b in drawn)
+    assert all(int(b.input_ids.min()) >= 0 and int(b.input_ids.max()) < 11 for b in drawn)
 
 
 def test_lanes_see_the_same_tokens_and_without_a_probe_the_same_batch() -> None:
@@ -90,7 +92,8 @@ def test_each_lane_has_its_own_probe_and_the_objective_their_mean() -> None:
 def test_probes_are_exact_in_the_cases_dtype() -> None:
     """Reference and ranks read the same numbers, whatever the dtype."""
     low = varying(**{"engine.dtype": "bfloat16"}).probes
-    assert low is not None and low.dtype == torch.bfloat16
+    assert low is not None
+    assert low.dtype == torch.bfloat16
 
 
 def test_folded_and_baseline_of_the_same_dp_are_fed_the_same() -> None:

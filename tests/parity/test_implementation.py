@@ -7,10 +7,18 @@ from typing import Any
 import pytest
 
 from parity.errors import UsageError
-from parity.implementation import OPTIONAL, REQUIRED, Implementation, Placement, Refusal, Shard, find
+from parity.implementation import (
+    OPTIONAL,
+    REQUIRED,
+    Implementation,
+    Placement,
+    Refusal,
+    Shard,
+    find,
+)
 
-COMPLETE: Any = type("Complete", (), {name: lambda self, *_: None for name in REQUIRED})
-LACKING: Any = type("Lacking", (), {n: lambda self: None for n in REQUIRED if n != "grad_norm"})
+COMPLETE: Any = type("Complete", (), dict.fromkeys(REQUIRED, lambda *_: None))
+LACKING: Any = type("Lacking", (), {n: max for n in REQUIRED if n != "grad_norm"})
 OBJECT = COMPLETE()
 HERE = "tests.parity.test_implementation"
 
@@ -19,7 +27,8 @@ def test_a_registered_name_gives_a_factory() -> None:
     """fold_impl is registered by this package's own entry point; each call makes another one."""
     factory = find("fold_impl")
     first, second = factory(), factory()
-    assert isinstance(first, Implementation) and first is not second
+    assert isinstance(first, Implementation)
+    assert first is not second
 
 
 def test_a_class_is_made_anew_and_an_object_given_as_it_is() -> None:
@@ -47,7 +56,8 @@ def test_what_cannot_be_found_is_a_usage_error_that_says_why(name: str, words: s
 def test_optional_members_are_not_asked_for() -> None:
     """An implementation without replay, taps, fault points, save and load is one."""
     assert not any(hasattr(COMPLETE, name) for name in OPTIONAL)
-    assert isinstance(COMPLETE(), Implementation) and not isinstance(LACKING(), Implementation)
+    assert isinstance(COMPLETE(), Implementation)
+    assert not isinstance(LACKING(), Implementation)
 
 
 def test_a_refusal_is_known_by_its_attribute() -> None:

@@ -55,8 +55,8 @@ class Threads:
         world: int,
         task: str,
         payloads: Sequence[Any],
-        deadline_s: float,
-        backend: str | None = None,
+        deadline_s: float,  # noqa: ARG002 - part of the protocol
+        backend: str | None = None,  # noqa: ARG002
     ) -> list[Any]:
         """Do what a gang of one rank would do with `parity.threads:run`."""
         assert (world, task) == (1, "parity.threads:run")
@@ -178,7 +178,9 @@ def test_a_wrong_rule_gives_its_family_the_scale_tp_and_no_other_row(
         assert set(found) == hit
         for row in found.values():
             assert row.scale == pytest.approx(tp, rel=1e-12)
-            assert row.residual is not None and row.residual < 1e-13 and row.verdict == "fail"
+            assert row.residual is not None
+            assert row.residual < 1e-13
+            assert row.verdict == "fail"
     assert set(failing(rows, "update")) == hit
     assert quantities(rows) == {"gradient", "grad_norm", "update"}
 
@@ -190,11 +192,17 @@ def test_a_rule_planted_for_a_family_that_is_not_there_changes_nothing() -> None
 
 
 def test_adam_hides_a_constant_factor_from_its_update_and_sgd_does_not() -> None:
-    """The gradient row shows the factor under both."""
+    """The gradient row shows 2 under both; the update 2 under SGD, 1 but for eps under Adam."""
     fault = rule_fault("router", Rule.SUM)
-    adam = faulty(small(**{"optimizer.name": "adam"}), fault)
-    assert set(failing(adam, "gradient")) == {ROUTER} and not failing(adam, "update")
-    assert set(failing(faulty(small(), fault), "update")) == {ROUTER}
+    scales = {}
+    for name in ("sgd", "adam"):
+        rows = faulty(small(**{"optimizer.name": name}), fault)
+        assert failing(rows, "gradient")[ROUTER].scale == pytest.approx(2.0, rel=1e-12)
+        (scales[name],) = [
+            row.scale for row in rows
+            if row.tensor == ROUTER and row.quantity == "update" and row.shape["tp"] == 2
+        ]  # fmt: skip
+    assert scales == {"sgd": pytest.approx(2.0, rel=1e-9), "adam": pytest.approx(1.0, abs=1e-3)}
 
 
 def own_rows(_: Any, group: Any, layer: int) -> Any:
@@ -249,8 +257,9 @@ def test_a_wrong_norm_fails_its_own_row_and_under_clipping_all_updates_by_one_fa
     assert quantities(faulty(small(), fault)) == {"grad_norm"}
     rows = faulty(small(**{"engine.clip": 0.5}), fault)
     assert quantities(rows) == {"grad_norm", "update"}
-    scales = [row.scale for row in failing(rows, "update").values()]
-    assert len(scales) > 10 and max(scales) == pytest.approx(min(scales), rel=1e-9)  # type: ignore[type-var]
+    scales = [row.scale or 0.0 for row in failing(rows, "update").values()]
+    assert len(scales) > 10
+    assert max(scales) == pytest.approx(min(scales), rel=1e-9)
 
 
 def ignore_clip(coefficient: float, norm: float, limit: float) -> float:
@@ -291,7 +300,8 @@ def test_a_lost_micro_batch_is_structure_and_leaves_the_loss_row_alone() -> None
     """Fault first-microbatch-lost: a residual, not a scale; the loss is told before backward."""
     rows = faulty(small(**{"engine.gas": 2}), Planted("batch.loss", f"{HERE}:skip_micro_batch"))
     found = failing(rows, "gradient")
-    assert {"head.weight", ROUTER} <= set(found) and "loss" not in quantities(rows)
+    assert {"head.weight", ROUTER} <= set(found)
+    assert "loss" not in quantities(rows)
     assert all(row.residual is None or row.residual > 1e-2 for row in found.values())
 
 
@@ -307,12 +317,15 @@ def test_a_lane_that_routes_differently_fails_routing_first() -> None:
     """One token on rank 1: the routing row counts it and says that lanes differ."""
     rows = faulty(small(), Planted("router.indices", f"{HERE}:other_lane"))
     (row,) = failing(rows, "routing").values()
-    assert row.error in (1.0, 2.0) and row.worst is not None and row.worst["rank"] == 1
-    assert row.detail is not None and row.detail["lanes_differ"] == row.error
+    assert row.error in (1.0, 2.0)
+    assert row.worst is not None
+    assert row.worst["rank"] == 1
+    assert row.detail is not None
+    assert row.detail["lanes_differ"] == row.error
 
 
 def test_a_later_step_is_judged_at_the_engines_own_weights() -> None:
-    """After a wrong step the weights are wrong, yet the second step's other gradients are right."""
+    """After a wrong step weights are wrong, yet the second step's other gradients are right."""
     rows = faulty(small(steps=2), rule_fault("router", Rule.SUM))
     second = [r for r in rows if r.quantity == "gradient" and r.step == 2 and r.shape["tp"] == 2]
     assert {r.tensor for r in second if r.verdict != "pass"} == {ROUTER}
@@ -325,7 +338,7 @@ def test_a_later_step_is_judged_at_the_engines_own_weights() -> None:
 def test_cases_on_the_same_dp_shards_share_baseline_and_truth(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another ep: one more run. Another optimizer: two more, the same truth. Other data: all new."""
+    """Another ep: one more run. Another optimizer: two, on the same truth. Other data: all."""
     evaluated: list[int] = []
     original = reference.evaluate
 
@@ -354,7 +367,8 @@ def test_with_lane_varying_consumers_another_tp_is_another_truth() -> None:
     own.rows(small(**{"data.lane_varying": True}))
     wider = {"shape.world": 8, "shape.tp": 4, "data.lane_varying": True}
     rows = own.rows(small(**wider))
-    assert len(pool.orders) == 4 and {row.verdict for row in rows} == {"pass"}
+    assert len(pool.orders) == 4
+    assert {row.verdict for row in rows} == {"pass"}
 
 
 def test_a_fault_shares_the_healthy_baseline() -> None:
@@ -376,7 +390,7 @@ def unsafe(monkeypatch: pytest.MonkeyPatch, draws: int) -> None:
 
     def close(*args: Any, **kwargs: Any) -> reference.Evaluation:
         seen.append(1)
-        truth = original(*args, **kwargs)
+        truth = original(*args, **kwargs) if len(seen) > draws else TRUTH
         limit = judge.GUARD * judge.LOGIT_ERROR_U * 2.0**-53
         return replace(truth, margin=limit * (0.99 if len(seen) <= draws else 1.0))
 
@@ -422,7 +436,7 @@ class Collapse(FoldImplementation):
 
 
 def test_an_implementation_cannot_make_its_own_draw_unsafe() -> None:
-    """Weights it broke in step 1 leave step 2 without a safe truth: step 1's rows fail, no error."""
+    """Weights it broke leave step 2 without a safe truth: step 1's rows fail, no error."""
     own = Judge(implementation=f"{HERE}:Collapse", pool=Threads())
     rows = own.rows(small(steps=2))
     assert ROUTER in failing(rows, "update")
@@ -458,7 +472,9 @@ class Unsharded(FoldImplementation):
     def build(self, model: Any, config: Any, context: Any) -> None:
         """Take the patterns away."""
         preset = {**config["folding"]["preset"], "column": [], "row": [], "regions": []}
-        super().build(model, {**config, "folding": {**config["folding"], "preset": preset}}, context)
+        super().build(
+            model, {**config, "folding": {**config["folding"], "preset": preset}}, context
+        )
 
 
 @pytest.mark.xfail(strict=True, reason="defect: SPEC 3 asks for really sharded dense weights")
@@ -519,11 +535,12 @@ TRUTH = evaluation(a=[0.0, 4.0], b=[3.0, 0.0], idle=[0.0])
 def test_lr_is_such_that_a_step_is_an_eighth_of_the_smallest_weights(
     fields: dict[str, Any], lr: float, clip: float
 ) -> None:
-    """Linear: the largest |lr g| / |w| after clipping; sign-like: the smallest rms; given: given."""
+    """Linear: largest |lr g| / |w| after clipping; sign-like: smallest rms; given: given."""
     found = judge._setting(small(**fields), 9, WEIGHTS, TRUTH)
     assert found.lr == pytest.approx(lr, rel=5e-3)  # three digits, to be read in a report
     assert found.lr == float(f"{found.lr:.3g}")
-    assert (found.clip, found.seed) == (pytest.approx(clip), 9)
+    assert found.clip == pytest.approx(clip)
+    assert found.seed == 9
 
 
 def test_ranks_that_disagree_on_placements_are_named() -> None:
@@ -540,5 +557,6 @@ def test_the_loss_of_a_run_is_the_mean_over_ranks_and_micro_batches() -> None:
     results = threads.run(None, trial.Order(made, "fold_impl", made.layout, 0, 0.1, 0.0))
     losses = [loss for result in results for loss in result.steps[0].losses]
     step = judge.rebuild(made, made.layout, results).steps[0]
-    assert len(losses) == 8 and step.loss == pytest.approx(sum(losses) / 8, rel=1e-15)
+    assert len(losses) == 8
+    assert step.loss == pytest.approx(sum(losses) / 8, rel=1e-15)
     assert step.before.tensors[ROUTER].dtype == torch.float64  # type: ignore[union-attr]

@@ -93,7 +93,8 @@ def test_a_shared_expert_is_added_to_every_token_once() -> None:
         for parameter in layer.shared.parameters():
             parameter.fill_(0.25)
     x = torch.linspace(0, 1, 96, dtype=torch.float64).view(2, 48)
-    assert torch.equal(layer(x), layer.shared(x)) and layer.shared(x).any()
+    assert torch.equal(layer(x), layer.shared(x))
+    assert layer.shared(x).any()
 
 
 def test_ties_go_to_the_lowest_index() -> None:
@@ -126,7 +127,8 @@ def test_no_operation_leaves_float64(changes: dict[str, Any]) -> None:
     ids, labels = tokens(0)
     with Watch() as watch:
         loss = model(ids, labels, 0.5, torch.zeros(3, 1, 6, 48, dtype=torch.float64))
-    assert loss.dtype == torch.float64 and watch.low == set()
+    assert loss.dtype == torch.float64
+    assert watch.low == set()
 
 
 def test_the_watch_sees_a_downcast() -> None:
@@ -160,10 +162,10 @@ def test_a_probe_adds_its_product_with_every_moe_output_and_the_last_norm() -> N
     """Linear in the probe; through the norm's input no gradient returns."""
     model = models.build(SPEC, 0, idle_expert=True)
     ids, labels = tokens(0)
-    probe = torch.randn(3, 1, 6, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    plain, one, two = (
-        float(model(ids, labels, 1.0, p).detach()) for p in (None, probe, 2 * probe)
+    probe = torch.randn(
+        3, 1, 6, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
+    plain, one, two = (float(model(ids, labels, 1.0, p).detach()) for p in (None, probe, 2 * probe))
     assert two - plain == pytest.approx(2 * (one - plain), rel=1e-12)
     assert abs(one - plain) > 1e-3
     norm_only = probe.clone()
@@ -205,7 +207,8 @@ def test_no_token_chooses_the_last_expert_when_it_shall_idle(
     model(ids, ids, 1.0)
     for layer in models.moe_layers(model):
         chosen = set(layer.indices_TK.flatten().tolist())
-        assert 5 not in chosen and len(chosen) >= 3
+        assert 5 not in chosen
+        assert len(chosen) >= 3
 
 
 def test_without_idling_the_last_expert_is_chosen_like_any_other() -> None:

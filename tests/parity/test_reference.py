@@ -33,8 +33,9 @@ def evaluated(
     model = models.build(made.model, 0, idle_expert=made.data.idle_expert)
     own = {n: p.detach().clone() for n, p in model.named_parameters()}
     drawn = batches.make(made, made.layout.dp, 1, 0)
-    for batch in (batch for rank in drawn for batch in rank if batch.probes is not None):
-        batch.probes[:, -1] = 0.0  # the norm's probe is cut off from its input: no loss's gradient
+    for probes in (batch.probes for rank in drawn for batch in rank):
+        if probes is not None:  # the last norm's is cut off from its input: no loss's gradient
+            probes[:, -1] = 0.0
     return reference.evaluate(made, model, weights or own, drawn, **kwargs), model, own
 
 
@@ -94,7 +95,8 @@ def test_routing_is_told_by_dp_rank_micro_batch_and_layer() -> None:
     picks = torch.cat([layers[0] for rank in truth.routing for layers in rank])
     assert set(picks.flatten().tolist()) == {0, 1, 2}
     idle = truth.gradients["layers.0.moe.experts.w1"]
-    assert not idle[3].any() and all(idle[e].any() for e in range(3))
+    assert not idle[3].any()
+    assert all(idle[e].any() for e in range(3))
 
 
 def test_a_parameter_that_is_not_used_has_a_zero_gradient() -> None:
@@ -112,7 +114,10 @@ def test_weights_of_low_precision_are_taken_as_they_are() -> None:
     """bfloat16 weights give the truth at their rounded values, in float64."""
     made = small(1)
     low = {n: w.bfloat16() for n, w in evaluated(made)[2].items()}
-    first, second = evaluated(made, low)[0], evaluated(made, {n: w.double() for n, w in low.items()})[0]
+    first, second = (
+        evaluated(made, low)[0],
+        evaluated(made, {n: w.double() for n, w in low.items()})[0],
+    )
     assert first.loss == second.loss
     assert all(g.dtype == torch.float64 for g in first.gradients.values())
 
@@ -188,7 +193,7 @@ PICKS = [torch.tensor([[1]]), torch.tensor([[1], [0], [0]])]
 
 def auxiliary(scope: str, balance: float, z: float) -> float:
     """Compute the loss of the two ranks above."""
-    spec = case.Auxiliary(load_balance=balance, z_loss=z, scope=scope)  # type: ignore[arg-type]
+    spec = case.Auxiliary(load_balance=balance, z_loss=z, scope=scope)
     return float(reference.auxiliary_loss(spec, "softmax", [FIRST, SECOND], PICKS))
 
 

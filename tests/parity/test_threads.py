@@ -1,4 +1,4 @@
-"""Ranks as threads: results by rank, groups made once, the first error is the one that is raised."""
+"""Ranks as threads: results by rank, groups made once, the first error is what is raised."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY = {
 }
 
 
-def order(planted: tuple[trial.Planted, ...] = (), **fields: Any) -> trial.Order:
+def order(*planted: trial.Planted, **fields: Any) -> trial.Order:
     """Order one small folded run: world 4, tp 2, ep 4."""
     shape = {"shape.world": 4, "shape.tp": 2, "shape.ep": 4}
     made = case.make({**TINY, **shape, **fields}, suite="s", file="f")
@@ -48,7 +48,8 @@ def test_afterwards_the_process_is_as_it_was() -> None:
     """No process group and no thread is left; a second world of another size works."""
     before = threading.active_count()
     threads.run(None, order())
-    assert not dist.is_initialized() and threading.active_count() == before
+    assert not dist.is_initialized()
+    assert threading.active_count() == before
     assert len(threads.run(None, order(**{"shape.world": 2, "shape.ep": 2}))) == 2
 
 
@@ -64,7 +65,7 @@ def test_the_first_failing_rank_is_named_and_the_others_released(point: str) -> 
     """Ranks 0, 2 and 3 wait in a collective; what is raised is rank 1's error, not the release."""
     fault = trial.Planted(point, f"{HERE}:fail_on", {"ranks": (1,)})
     with pytest.raises(ValueError, match="rank 1 is broken"):
-        threads.run(None, order((fault,)))
+        threads.run(None, order(fault))
     assert len(threads.run(None, order())) == 4  # and the next world is not harmed
 
 

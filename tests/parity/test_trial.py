@@ -27,7 +27,9 @@ TINY = {
 }
 
 
-def order(implementation: str = f"{HERE}:Fake", layout: Layout | None = None, **fields: Any) -> Any:
+def order(
+    implementation: str = f"{HERE}:Fake", /, *, layout: Layout | None = None, **fields: Any
+) -> Any:
     """Order a run of a small case, by default unfolded in a world of one."""
     made = case.make({**TINY, "shape.world": 1, **fields}, suite="s", file="f")
     return trial.Order(made, implementation, layout or made.layout, 7, 0.25, 1.5)
@@ -117,8 +119,10 @@ def test_before_and_after_are_copies_of_each_step() -> None:
 def test_what_travels_is_numpy_and_16_bit_floats_are_float32() -> None:
     """None stays None; losses, norm and routing are handed on."""
     step = trial.run(runtime(), order()).steps[0]
-    assert isinstance(step.gradients["w"], np.ndarray) and step.gradients["w"].dtype == np.float32
-    assert step.gradients["w"].tolist() == [2.0, 2.0] and step.gradients["v"] is None
+    assert isinstance(step.gradients["w"], np.ndarray)
+    assert step.gradients["w"].dtype == np.float32
+    assert step.gradients["w"].tolist() == [2.0, 2.0]
+    assert step.gradients["v"] is None
     assert (step.losses, step.grad_norm) == ([5.0], 3.0)
     assert step.routing[0][0].tolist() == [[1]]
 
@@ -135,9 +139,10 @@ def test_placements_become_our_own_and_absent_members_are_named() -> None:
 def test_the_model_arrives_with_the_cases_weights_in_its_dtype(dtype: str) -> None:
     """The float64 weights of the order's seed, rounded once."""
     made = Fake()
-    found = order(**{"engine.dtype": dtype})
+    fields: dict[str, Any] = {"engine.dtype": dtype}
+    found = order(**fields)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "find", lambda name: lambda: made)
+        patch.setattr(trial, "find", lambda _: lambda: made)
         trial.run(runtime(), found)
     expected = models.build(found.case.model, 7, idle_expert=True)
     for name, weight in made.model.named_parameters():
@@ -148,16 +153,16 @@ def test_the_model_arrives_with_the_cases_weights_in_its_dtype(dtype: str) -> No
 def fed(rank: int, layout: Layout, **fields: Any) -> Mapping[str, Any]:
     """Give the first batch a rank is fed in a lane-varying case of world 4, tp 2."""
     made = Fake()
-    shape = {"shape.world": 4, "shape.tp": 2, "data.lane_varying": True, **fields}
+    shape: dict[str, Any] = {"shape.world": 4, "shape.tp": 2, "data.lane_varying": True, **fields}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "find", lambda name: lambda: made)
+        patch.setattr(trial, "find", lambda _: lambda: made)
         trial.run(runtime(rank), order(layout=layout, **shape))
     return made.fed[0]
 
 
 def test_a_folded_rank_is_fed_its_dp_ranks_tokens_and_its_lanes_probe() -> None:
     """World 4, tp 2: rank 3 is dp rank 1, lane 1; the baseline's rank 1 gets the lanes' mean."""
-    shape = {"shape.world": 4, "shape.tp": 2, "data.lane_varying": True}
+    shape: dict[str, Any] = {"shape.world": 4, "shape.tp": 2, "data.lane_varying": True}
     drawn = batches.make(order(**shape).case, 2, 1, 7)[1][0]
     folded, plain = fed(3, Layout(4, tp=2)), fed(1, Layout(2))
     assert drawn.probes is not None
@@ -191,7 +196,7 @@ def planted(fault: trial.Planted) -> Any:
     """Run with a fault planted and give the transformation the implementation was handed."""
     made = Full()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "find", lambda name: lambda: made)
+        patch.setattr(trial, "find", lambda _: lambda: made)
         trial.run(runtime(), replace(order(), planted=(fault,)))
     ((point, transform),) = made.planted
     assert point == fault.point
@@ -219,7 +224,7 @@ def test_taps_are_copied_when_the_steps_are_done() -> None:
 
 def test_a_replay_reaches_the_implementation_for_its_own_dp_rank() -> None:
     """[step][dp rank][micro-batch][layer]; one that cannot replay refuses in words."""
-    shape = {"shape.world": 2}
+    shape: dict[str, Any] = {"shape.world": 2}
     maps = [[[[np.array([[dp]])]] for dp in range(2)]]
     trial.run(runtime(1), replace(order(f"{HERE}:Full", **shape), replay=maps))
     assert Full.forced[0][0].tolist() == [[1]]
@@ -232,7 +237,7 @@ def test_a_replay_reaches_the_implementation_for_its_own_dp_rank() -> None:
 
 def written(**fields: Any) -> dict[str, Any]:
     """Write the config of a folded case of world 8."""
-    shape = {"shape.world": 8, "shape.tp": 2, "shape.ep": 2, "shape.etp": 2}
+    shape: dict[str, Any] = {"shape.world": 8, "shape.tp": 2, "shape.ep": 2, "shape.etp": 2}
     return trial.config(order(**{**shape, **fields}))
 
 
@@ -255,7 +260,8 @@ def test_the_config_is_a_deepspeed_one_with_two_sections_and_ours() -> None:
         "route_full",
         0.5,
     )
-    assert "zero_optimization" not in config and "bf16" not in config
+    assert "zero_optimization" not in config
+    assert "bf16" not in config
 
 
 def test_the_baselines_config_has_no_folding_sizes() -> None:
@@ -285,10 +291,9 @@ def test_optimizers_are_written_with_all_their_constants(
 
 def test_deepspeeds_engine_gets_its_stage_and_precision() -> None:
     """ZeRO 2 in bfloat16."""
-    config = written(
-        **{"engine.name": "deepspeed", "engine.zero": 2, "engine.dtype": "bfloat16"}
-    )
-    assert config["zero_optimization"] == {"stage": 2} and config["bf16"] == {"enabled": True}
+    config = written(**{"engine.name": "deepspeed", "engine.zero": 2, "engine.dtype": "bfloat16"})
+    assert config["zero_optimization"] == {"stage": 2}
+    assert config["bf16"] == {"enabled": True}
 
 
 def test_options_of_a_case_are_merged_into_their_sections() -> None:

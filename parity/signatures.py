@@ -1,0 +1,421 @@
+"""How each cause shows: one matcher per signature, from evidence to yes or no.
+
+Owns the question "would this cause give these numbers?". Must not know rows' origin, tensors or
+how sets are put together. Easy to get wrong: a matcher that is too narrow hides the true cause,
+one that is too wide only makes the printed set larger; in doubt it says yes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from parity.causes import EVERY, REPLICATED, Cause
+from parity.evidence import Observation, layer_of
+
+Matcher = Callable[[Cause, Observation], bool]
+
+
+def _scale(cause: Cause, o: Observation) -> bool:
+    if o.factor is None or not o.backward_only or not o.hit <= set(cause.families):
+        return False
+    if cause.id.startswith("router") != (o.hit == {"router"}) and cause.families != EVERY:
+        return False
+    if o.hit == {"expert"} and cause.families != ("expert",):
+        return False
+    return cause.factor is not None and o.near(o.factor, cause.factor(o.setting))
+
+
+def _all_scale(cause: Cause, o: Observation) -> bool:
+    if o.factor is None or not o.backward_only or not o.everything_fails:
+        return False
+    return cause.factor is not None and o.near(o.factor, cause.factor(o.setting))
+
+
+def _loss_scale(_: Cause, o: Observation) -> bool:
+    if o.factor is None or o.factor <= 0 or not o.everything_fails or not o.backward_only:
+        return False
+    power = math.log2(o.factor)
+    return abs(power) >= 4 and math.isclose(power, round(power), abs_tol=1e-3)
+
+
+def _leak(cause: Cause, o: Observation) -> bool:
+    rows = o.bad("gradient")
+    name = cause.id.removeprefix("precision-leak-")
+    leaks = [str((r.detail or {}).get("leak")) for r in rows if r.verdict == "leak"]
+    if leaks:
+        small = all(r.error is not None and r.error <= 1e-2 for r in rows)
+        return small and 2 * len(leaks) >= len(rows) and leaks.count(name) * 2 >= len(leaks)
+    dtype = str(o.rows[0].engine["dtype"])
+    bounds = {"bfloat16": (2.0**-11, 2.0**-5), "float16": (2.0**-15, 2.0**-10)}
+    if dtype != "float32" or name not in bounds or not rows or o.forward_differs:
+        return False
+    low, high = bounds[name]
+    return all(
+        r.error is not None and r.scale is not None and low <= r.error <= high
+        and abs(r.scale - 1) < 0.8 * r.error
+        for r in rows
+    )  # fmt: skip
+
+
+def _lanes_differ(_: Cause, o: Observation) -> bool:
+    return (
+        o.backward_only and "lane" in o.replica_axes and "expert" not in o.hit
+        and o.hit <= set(REPLICATED)
+    )  # fmt: skip
+
+
+def _ranks_differ(_: Cause, o: Observation) -> bool:
+    if o.hit == {"expert"} and o.setting.edp == 1:
+        return False
+    return o.backward_only and "rank" in o.replica_axes
+
+
+def _drift(_: Cause, o: Observation) -> bool:
+    return bool(o.bad("replica")) and not o.bad("gradient") and not o.forward_differs
+
+
+def _wrong_group(_: Cause, o: Observation) -> bool:
+    if not o.backward_only or o.hit != {"expert"} or o.factor is not None:
+        return False
+    return not o.detail("shares") and not _is_permuted(o)
+
+
+def _permutation(_: Cause, o: Observation) -> bool:
+    return "expert" in o.hit and _is_permuted(o)
+
+
+def _is_permuted(o: Observation) -> bool:
+    """Most experts hold another's gradient, weights or tokens."""
+    for sources in o.detail("experts_from"):
+        moved = [s for e, s in enumerate(sources) if s is not None and s != e]
+        if len(moved) >= 2 and len(moved) * 2 >= len([s for s in sources if s is not None]):
+            return True
+    spans = o.detail("token_rows")
+    return any(len(found["moved"]) >= 2 and -1 not in found["from"].values() for found in spans)
+
+
+def _sharded_reduced(cause: Cause, o: Observation) -> bool:
+    return (
+        o.backward_only and bool(o.hit) and o.hit <= set(cause.families) and o.factor is None
+        and not o.detail("shares") and not o.replica_axes
+    )  # fmt: skip
+
+
+def _dead(_: Cause, o: Observation) -> bool:
+    rows = o.bad("gradient")
+    return o.backward_only and not o.propagates and all(row.ratio == 0.0 for row in rows)
+
+
+def _shares(cause: Cause, o: Observation) -> bool:
+    if cause.id == "gradient-not-zeroed":
+        pairs = o.detail("now_and_previous")
+        return bool(pairs) and all(o.near(pair[0], 1.0) for pair in pairs)
+    tables = o.detail("shares")
+    if not tables or o.bad("routing"):
+        return False
+    if cause.id == "local-mean-loss":
+        sizes = o.detail("tokens")[0]
+        return all(_same(o, table, _local_means(sizes)) for table in tables)
+    if o.forward_differs:
+        return False
+    fits = _SHARE_PATTERNS[cause.id]
+    return all(fits(o, table) for table in tables) and not (
+        cause.id.startswith("rank") and "rank" in o.replica_axes
+    )
+
+
+Table = Sequence[Sequence[float]]
+
+
+def _same(o: Observation, table: Table, expected: Table) -> bool:
+    loose = replace_tolerance(o)
+    return all(
+        math.isclose(x, y, rel_tol=loose, abs_tol=loose)
+        for row, wanted in zip(table, expected, strict=True)
+        for x, y in zip(row, wanted, strict=True)
+    )
+
+
+def replace_tolerance(o: Observation) -> float:
+    """Give the tolerance of fitted coefficients, which are less sharp than scales."""
+    return min(0.05, 1000 * o.tolerance)
+
+
+def _local_means(tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+    total = sum(map(sum, tokens))
+    count = sum(map(len, tokens))
+    return [[total / (count * n) for n in row] for row in tokens]
+
+
+def _by_micro_batch(o: Observation, table: Table) -> list[float] | None:
+    """Give the coefficient of each micro-batch, None where dp ranks differ."""
+    first = list(table[0])
+    return first if _same(o, table, [first] * len(table)) else None
+
+
+def _by_rank(o: Observation, table: Table) -> list[float] | None:
+    """Give the coefficient of each dp rank, None where micro-batches differ."""
+    first = [row[0] for row in table]
+    return first if _same(o, table, [[c] * len(table[0]) for c in first]) else None
+
+
+def _is(o: Observation, value: float, *allowed: float) -> bool:
+    loose = replace_tolerance(o)
+    return any(math.isclose(value, a, rel_tol=loose, abs_tol=loose) for a in allowed)
+
+
+def _overwritten(o: Observation, table: Table) -> bool:
+    c = _by_micro_batch(o, table)
+    return bool(c) and len(c) > 1 and _is(o, c[-1], 1.0) and all(_is(o, x, 0.0) for x in c[:-1])  # type: ignore[arg-type, index]
+
+
+def _first_lost(o: Observation, table: Table) -> bool:
+    c = _by_micro_batch(o, table)
+    return bool(c) and len(c) > 1 and _is(o, c[0], 0.0) and all(_is(o, x, 1.0) for x in c[1:])  # type: ignore[arg-type, index]
+
+
+def _another_lost(o: Observation, table: Table) -> bool:
+    c = _by_micro_batch(o, table)
+    if not c or any(not _is(o, x, 0.0, 1.0) for x in c):
+        return False
+    lost = [i for i, x in enumerate(c) if _is(o, x, 0.0)]
+    return lost not in ([0], list(range(len(c) - 1))) and bool(lost)
+
+
+def _geometric(o: Observation, table: Table) -> bool:
+    c = _by_micro_batch(o, table)
+    if not c or len(c) < 2 or not _is(o, c[-1], 1.0) or any(_is(o, x, 0.0) for x in c):
+        return False
+    q = c[-2] / c[-1]
+    return not _is(o, q, 1.0) and all(_is(o, c[i] / c[i + 1], q) for i in range(len(c) - 1))
+
+
+def _counted_again(o: Observation, table: Table) -> bool:
+    c = _by_micro_batch(o, table)
+    if not c or len(c) < 2 or any(not _is(o, x, round(x)) or round(x) < 1 for x in c):
+        return False
+    return any(round(x) > 1 for x in c)
+
+
+def _rank_lost(o: Observation, table: Table) -> bool:
+    c = _by_rank(o, table)
+    return bool(c) and any(_is(o, x, 0.0) for x in c) and not all(_is(o, x, 0.0) for x in c)  # type: ignore[union-attr]
+
+
+def _rank_again(o: Observation, table: Table) -> bool:
+    c = _by_rank(o, table)
+    whole = bool(c) and all(_is(o, x, round(x)) and round(x) >= 1 for x in c)  # type: ignore[union-attr]
+    return whole and any(round(x) > 1 for x in c or ()) and len(set(map(round, c or ()))) > 1
+
+
+_SHARE_PATTERNS: Mapping[str, Callable[[Observation, Table], bool]] = MappingProxyType({
+    "micro-batches-overwritten": _overwritten,
+    "first-micro-batch-lost": _first_lost,
+    "micro-batch-lost": _another_lost,
+    "reduced-every-micro-batch": _geometric,
+    "micro-batch-counted-again": _counted_again,
+    "rank-share-lost": _rank_lost,
+    "rank-share-counted-again": _rank_again,
+})  # fmt: skip
+
+
+def _auxiliary(cause: Cause, o: Observation) -> bool:
+    fits = o.detail("main_and_auxiliary")
+    if not fits:
+        return False
+    if cause.id == "auxiliary-scope":
+        return all(len(c) == 3 and _is(o, c[1], 0.0) and not _is(o, c[2], 0.0) for c in fits)
+    return all(_is(o, c[0], 1.0) and not _is(o, c[1], 1.0) and len(c) == 2 for c in fits)
+
+
+def _detached(_: Cause, o: Observation) -> bool:
+    if not o.backward_only or not o.above_is_right or o.top_state("expert") != "ok":
+        return False
+    fits = o.detail("main_and_auxiliary")
+    if fits:
+        return all(len(c) == 2 and _is(o, c[0], 0.0) and _is(o, c[1], 1.0) for c in fits)
+    return o.top_state("router") == "structural" and o.norm_state == "structural"
+
+
+def _restore_rows(_: Cause, o: Observation) -> bool:
+    return (
+        o.backward_only and o.above_is_right and o.propagates
+        and o.top_state("expert") == o.top_state("router") == "structural"
+        and not o.detail("shares")
+    )  # fmt: skip
+
+
+def _restore_scaled(cause: Cause, o: Observation) -> bool:
+    if not o.backward_only or not o.above_is_right or not o.propagates or o.factor is not None:
+        return False
+    assert cause.factor is not None
+    router = o.top_scale("router")
+    is_router = o.setting.auxiliary is not False or o.near(router, cause.factor(o.setting))
+    return is_router and o.near(o.top_scale("expert"), cause.factor(o.setting))
+
+
+def _adjoint(_: Cause, o: Observation) -> bool:
+    return (
+        o.backward_only and o.above_is_right and o.propagates and o.top_state("router") == "ok"
+        and o.top_state("expert") in ("ok", "structural") and o.norm_state == "structural"
+    )  # fmt: skip
+
+
+def _input_partial(_: Cause, o: Observation) -> bool:
+    return _only_below(o) and o.norm_state == "ok" and not _is_dense_partial(o)
+
+
+def _only_below(o: Observation) -> bool:
+    """The last MoE layer's own gradients are right and those below it are not."""
+    inside = {o.top_state(family) for family in ("expert", "router", "shared_expert")}
+    return o.backward_only and o.above_is_right and inside <= {"ok", "absent"} and o.propagates
+
+
+def _input_scaled(cause: Cause, o: Observation) -> bool:
+    if not _only_below(o):
+        return False
+    assert cause.factor is not None
+    scales = [row.scale for row in o.norm_rows]
+    if o.norm_state == "scaled":
+        return all(o.near(scale, cause.factor(o.setting)) for scale in scales)
+    return o.norm_state == "structural" and o.setting.shared is not False
+
+
+def _dense_partial(_: Cause, o: Observation) -> bool:
+    return _only_below(o) and _is_dense_partial(o)
+
+
+def _is_dense_partial(o: Observation) -> bool:
+    """The failing tensor nearest to the loss is a norm, short of a factor tp."""
+    rows = [r for r in o.bad("gradient") if layer_of(str(r.tensor)) == o.top]
+    if not rows or o.norm_state != "ok":
+        return False
+    last = rows[-1]
+    return last.family == "layernorm" and o.near(last.scale, 1 / o.setting.tp)
+
+
+def _forward(o: Observation) -> bool:
+    return o.forward_differs and o.first_routing is None and not o.detail("shares")
+
+
+def _spans(o: Observation) -> Mapping[str, Any] | None:
+    found = o.detail("token_rows")
+    return found[0] if found else None
+
+
+def _weights_twice(_: Cause, o: Observation) -> bool:
+    spans = _spans(o)
+    return _forward(o) and (spans is None or not (spans["lost"] or spans["foreign"]))
+
+
+def _rows(_: Cause, o: Observation) -> bool:
+    spans = _spans(o)
+    if not _forward(o) or _is_permuted(o):
+        return False
+    return spans is None or (
+        spans["lost"] + spans["foreign"] > 0 and -1 not in spans["from"].values()
+    )
+
+
+def _etp_rows(_: Cause, o: Observation) -> bool:
+    spans = _spans(o)
+    nobody = spans is not None and -1 in spans["from"].values()
+    return _forward(o) and not nobody and not _is_permuted(o)
+
+
+def _shared_forward(cause: Cause, o: Observation) -> bool:
+    return _weights_twice(cause, o)
+
+
+def _bias_forward(_: Cause, o: Observation) -> bool:
+    spans = _spans(o)
+    return _forward(o) and (spans is None or spans["foreign"] > 0) and not _is_permuted(o)
+
+
+def _routing(_: Cause, o: Observation) -> bool:
+    return o.first_routing is not None and not (o.first_routing.detail or {}).get("lanes_differ")
+
+
+def _routing_lanes(_: Cause, o: Observation) -> bool:
+    return o.first_routing is not None and bool((o.first_routing.detail or {}).get("lanes_differ"))
+
+
+def _gradients_right(o: Observation) -> bool:
+    return not (o.bad("gradient") or o.bad("replica") or o.bad("loss") or o.bad("routing"))
+
+
+def _norm_high(_: Cause, o: Observation) -> bool:
+    rows = o.bad("grad_norm")
+    return _gradients_right(o) and bool(rows) and all((r.ratio or 0.0) > 1.0 for r in rows)
+
+
+def _norm_low(_: Cause, o: Observation) -> bool:
+    rows = o.bad("grad_norm")
+    return _gradients_right(o) and bool(rows) and all((r.ratio or 0.0) < 1.0 for r in rows)
+
+
+def _update_only(o: Observation) -> bool:
+    return _gradients_right(o) and not o.bad("grad_norm") and bool(o.bad("update"))
+
+
+def _clip(_: Cause, o: Observation) -> bool:
+    if not _update_only(o) or o.setting.clip <= 0:
+        return False
+    scales = [(r.detail or {}).get("end_to_end_scale") for r in o.bad("update")]
+    if o.setting.optimizer in ("sgd", "momentum"):
+        kept = 1 / o.setting.clip
+        return all(s is not None and math.isclose(s, kept, rel_tol=2e-3) for s in scales)
+    return {str(r.family) for r in o.bad("update")} != {"expert"}
+
+
+def _update(cause: Cause, o: Observation) -> bool:
+    return _update_only(o) and not _clip(cause, o) and not _idle(cause, o)
+
+
+def _idle(_: Cause, o: Observation) -> bool:
+    missing = [r for r in o.bad("gradient") if (r.detail or {}).get("missing")]
+    if missing:
+        return o.backward_only and len(missing) == len(o.bad("gradient")) and o.hit == {"expert"}
+    return _update_only(o) and {str(r.family) for r in o.bad("update")} == {"expert"}
+
+
+def _checkpoint(_: Cause, o: Observation) -> bool:
+    return any((r.detail or {}).get("kind") != "optimizer" for r in o.bad("checkpoint"))
+
+
+def _resume(_: Cause, o: Observation) -> bool:
+    return any((r.detail or {}).get("kind") == "optimizer" for r in o.bad("checkpoint"))
+
+
+def _unknown_factor(_: Cause, o: Observation) -> bool:
+    return o.factor is not None and o.backward_only
+
+
+def _unknown(_: Cause, o: Observation) -> bool:
+    return o.factor is None or not o.backward_only
+
+
+_MATCHERS: Mapping[str, Matcher] = MappingProxyType({
+    "scale": _scale, "all_scale": _all_scale, "loss_scale": _loss_scale, "leak": _leak,
+    "lanes_differ": _lanes_differ, "ranks_differ": _ranks_differ, "drift": _drift,
+    "wrong_group": _wrong_group, "permutation": _permutation, "dead": _dead,
+    "sharded_reduced": _sharded_reduced, "shares": _shares, "auxiliary": _auxiliary,
+    "detached": _detached, "restore_rows": _restore_rows, "restore_scaled": _restore_scaled,
+    "adjoint": _adjoint, "input_partial": _input_partial, "input_scaled": _input_scaled,
+    "dense_partial": _dense_partial, "weights_twice": _weights_twice, "rows": _rows,
+    "etp_rows": _etp_rows, "shared_forward": _shared_forward, "bias_forward": _bias_forward,
+    "routing": _routing, "routing_lanes": _routing_lanes, "norm_high": _norm_high,
+    "norm_low": _norm_low, "clip": _clip, "update": _update, "idle": _idle,
+    "checkpoint": _checkpoint, "resume": _resume, "unknown_factor": _unknown_factor,
+    "unknown": _unknown,
+})  # fmt: skip
+
+
+def matches(cause: Cause, observation: Observation) -> bool:
+    """Tell whether a cause would give what a failing run shows."""
+    if cause.visible(observation.setting) is False:
+        return False
+    return _MATCHERS[cause.signature](cause, observation)

@@ -127,7 +127,6 @@ def enter_region(module: nn.Module, group: Group, points: Points | None = None) 
 
     One all-reduce in backward instead of one per linear.
     """
-
     table = points or Points()
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -49,6 +49,9 @@ from fold_impl.reduce import clip_coefficient, global_norm
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, Lion)
 """Optimizers that may see a flat piece of several parameters: they treat each entry alone."""
 
+BROADCAST_BYTES = 1 << 28
+"""Size of one message when engines start: torch's DistributedDataParallel takes 250 MiB."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -322,6 +325,17 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         super()._configure_distributed_model(model)
         # DeepSpeed looks for its own MoE layer; ours makes it reduce by family all the same
         self.has_moe_layers = any(kind.name is not None for kind in self.plan.kinds())
+
+    def _broadcast_model(self) -> None:
+        """Give every rank the weights of the first rank that holds the same parts.
+
+        broadcast: over each kind's replicas, flat, BROADCAST_BYTES at a time where DeepSpeed sends
+        parameter by parameter. Who must call: all of them.
+        """
+        for kind in self.plan.kinds():
+            members = [m for m in self.plan.members if m.kind.name == kind.name]
+            tensors = [m.folded.parameter.detach() for m in members]
+            dist._broadcast_coalesced(kind.replicas.handle, tensors, BROADCAST_BYTES, 0)
 
     def _configure_fp16_optimizer(self, optimizer: Any, low_precision_dtype: torch.dtype) -> Any:
         scales = LossScaleConfig(

@@ -63,7 +63,7 @@ class Model(Part):
     mlp_width: Positive = 60
     vocab: Positive = 37
     experts: Annotated[int, Field(ge=4)] = 12
-    expert_width: Positive = 36
+    expert_width: Positive = 12
     top_k: Positive = 2
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
@@ -142,6 +142,8 @@ class Case(Part):
     steps: Positive = 1
     seed: int = 0
     deadline_s: Annotated[float, Field(gt=0.0)] = 60.0
+    implementation: str | None = None
+    """What its file is about; None: whatever the run judges."""
 
     @property
     def layout(self) -> Layout:
@@ -163,7 +165,7 @@ SECTIONS: dict[str, type[Part]] = {
     "auxiliary": Auxiliary,
     "data": Data,
 }
-_IDENTITY = ("id", "suite", "file")
+_IDENTITY = ("id", "suite", "file", "implementation")
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Flat:
@@ -255,6 +257,18 @@ _TOKENS = (
     Token("engine.sequence_parallel_size", "sp"),
     Token("steps", "steps"),
 )
+_OPTIONS = "engine.options."
+_OPTION_TOKENS = (
+    Token("zero_optimization.overlap_comm", "overlap", True),
+    Token("zero_optimization.contiguous_gradients", "scattered", False),
+    Token("zero_optimization.reduce_scatter", "allreduce", False),
+    Token("zero_optimization.reduce_bucket_size", "bucket"),
+    Token("data_types.grad_accum_dtype", "acc_"),
+    Token("bf16.immediate_grad_update", "immediate", True),
+    Token("adapter.reduction", ""),
+    Token("adapter.partition", ""),
+)
+"""Options of engines that ids spell out; all others share a hash."""
 _LAST = ("optimizer.name", "engine.dtype")
 _UNNAMED = ("shape.world", "auxiliary.scope", "seed", "deadline_s", *_LAST)
 """Fields without a token of their own: shown in another place, or not part of what is computed."""
@@ -291,11 +305,18 @@ def _show(token: Token, given: Mapping[str, Any]) -> str:
 
 
 def _options_token(flat: Mapping[str, Any]) -> list[str]:
-    options = {k: v for k, v in flat.items() if k.startswith("engine.options.")}
-    if not options:
-        return []
-    canonical = json.dumps(options, sort_keys=True, default=str)
-    return [f"options{hashlib.sha256(canonical.encode()).hexdigest()[:6]}"]
+    """Spell out the known options, then hash what is left."""
+    options = {k.removeprefix(_OPTIONS): v for k, v in flat.items() if k.startswith(_OPTIONS)}
+    parts = []
+    for token in _OPTION_TOKENS:
+        if token.key in options:
+            value = options.pop(token.key)
+            parts.append(token.prefix + ("" if value == token.usual else _text(value)))
+    if options:
+        named = {_OPTIONS + key: value for key, value in options.items()}
+        canonical = json.dumps(named, sort_keys=True, default=str)
+        parts.append(f"options{hashlib.sha256(canonical.encode()).hexdigest()[:6]}")
+    return parts
 
 
 def _text(value: object) -> str:
@@ -396,7 +417,7 @@ def _hugging_face_problems(case: Case) -> Iterator[_Problem]:
     for key, value, only in fixed:
         if value != only:
             yield _Problem(key, value, f"model {name} has its own", [only])
-    if case.engine.dtype in ("bfloat16", "float16"):
+    if case.engine.dtype in ("bfloat16", "float16") and case.engine.name == "native":
         problem = f"the gate of {name} cannot replay a routing"
         yield _Problem("engine.dtype", case.engine.dtype, problem, ["float64", "float32"])
 
@@ -473,7 +494,14 @@ def _plain(message: str) -> str:
     return message.removeprefix("Input should be ").replace("an object", "a table")
 
 
-def make(flat: Mapping[str, Any], *, suite: str, file: str, id: str | None = None) -> Case:
+def make(
+    flat: Mapping[str, Any],
+    *,
+    suite: str,
+    file: str,
+    id: str | None = None,
+    implementation: str | None = None,
+) -> Case:
     """Build one checked case out of its flat form.
 
     Raises:
@@ -486,7 +514,8 @@ def make(flat: Mapping[str, Any], *, suite: str, file: str, id: str | None = Non
                 "cannot be set here", file=file, case=name, key=key, value=flat[key],
                 allowed=_siblings([]),
             )  # fmt: skip
-    fields = {"shape": {}, **nest(flat), "id": name, "suite": suite, "file": file}
+    identity = {"id": name, "suite": suite, "file": file, "implementation": implementation}
+    fields = {"shape": {}, **nest(flat), **identity}
     try:  # strict JSON mode: no "3" for 3, no true for 1, yet lists are good for tuples
         case = Case.model_validate_json(json.dumps(fields, default=repr), strict=True)
     except ValidationError as problems:
@@ -516,6 +545,8 @@ class CaseFile(Part):
 
     suite: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str = ""
+    implementation: str | None = None
+    """What `parity run` judges on these cases where no other is named."""
     base: dict[str, Any] = {}
     axes: dict[str, Any] = {}
     sample: Literal["product", "pairwise"] = "product"
@@ -548,7 +579,8 @@ def load_file(path: Path) -> list[Case]:
         CaseError: the file cannot be read, is malformed, or a case of it is refused.
     """
     parsed, file = parse_file(path), _display(path)
-    matrix = [make(cell, suite=parsed.suite, file=file) for cell in matrix_of(parsed, file).cells]
+    about = {"suite": parsed.suite, "file": file, "implementation": parsed.implementation}
+    matrix = [make(cell, **about) for cell in matrix_of(parsed, file).cells]  # type: ignore[arg-type]
     cases = [*matrix, *_singles(parsed, file)]
     if not cases:
         raise CaseError("no case: give [axes] or [[case]]", file=file)
@@ -716,7 +748,7 @@ def _matching(
 
 def _refuse_unknown(when: Flat, file: str, where: str) -> None:
     for key in when:
-        if key not in DEFAULTS:
+        if key not in DEFAULTS and not key.startswith("engine.options."):
             raise CaseError("unknown key", file=file, key=f"{where}.{key}", value=when[key],
                             allowed=list(DEFAULTS))  # fmt: skip
 
@@ -724,7 +756,8 @@ def _refuse_unknown(when: Flat, file: str, where: str) -> None:
 def _matches_when(cell: Flat, when: Flat) -> bool:
     full = {**DEFAULTS, **cell}
     return all(
-        full[key] in (value if isinstance(value, list) else [value]) for key, value in when.items()
+        full.get(key) in (value if isinstance(value, list) else [value])
+        for key, value in when.items()
     )
 
 
@@ -737,7 +770,13 @@ def _singles(parsed: CaseFile, file: str) -> Iterator[Case]:
             raise CaseError("not an id", file=file, key="case.id", value=name,
                             allowed="letters, digits, and . _ + - after the first")  # fmt: skip
         cell = _merge(flatten(parsed.base), fields)
-        yield make(cell, suite=parsed.suite, file=file, id=name and str(name))
+        yield make(
+            cell,
+            suite=parsed.suite,
+            file=file,
+            id=name and str(name),
+            implementation=parsed.implementation,
+        )
 
 
 def _refuse_duplicates(cases: Iterable[Case]) -> None:
@@ -758,7 +797,7 @@ def _taken(case: Case, other: Case) -> CaseError:
 
 def _same(one: Case, other: Case) -> bool:
     """Say whether two suites hold the same cell, whatever file and deadline they name."""
-    ignored = {"suite", "file", "deadline_s"}
+    ignored = {"suite", "file", "deadline_s", "implementation"}
     return one.model_dump(exclude=ignored) == other.model_dump(exclude=ignored)
 
 
@@ -889,6 +928,7 @@ def file_schema() -> dict[str, Any]:
         "properties": {
             "suite": CaseFile.model_json_schema()["properties"]["suite"],
             "description": {"type": "string"},
+            "implementation": {"type": "string"},
             "sample": CaseFile.model_json_schema()["properties"]["sample"],
             "cells": {"type": "integer", "minimum": 1},
             "base": {"$ref": "#/$defs/Fields"},

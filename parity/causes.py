@@ -18,7 +18,7 @@ Signature = Literal[
     "wrong_group", "permutation", "sharded_reduced", "dead",
     "shares", "auxiliary", "detached",
     "restore_rows", "restore_scaled", "adjoint", "input_partial", "input_scaled", "dense_partial",
-    "weights_twice", "rows", "etp_rows", "shared_forward", "bias_forward",
+    "altered", "rows", "etp_rows", "swapped",
     "routing", "routing_lanes",
     "norm_high", "norm_low", "clip", "update", "idle", "checkpoint", "resume",
     "unknown_factor", "unknown",
@@ -77,6 +77,7 @@ class Cause:
         symbol: its factor in sizes of the shape, empty where it has none.
         factor: the same as a function.
         shows: whether a run of a setting must (True), may (None) or cannot (False) show it.
+        alterations: altered forwards (`parity.hypotheses`) whose loss it gives.
     """
 
     id: str
@@ -86,6 +87,7 @@ class Cause:
     symbol: str = ""
     factor: Factor | None = None
     shows: Shows = lambda _: None
+    alterations: tuple[str, ...] = ()
 
     def visible(self, setting: Setting) -> bool | None:
         """Tell whether a run must, may or cannot show this cause."""
@@ -238,7 +240,7 @@ _REDUCTIONS = (
     Cause(
         "expert-permutation", "permutation",
         "expert e holds what belongs to another: EP ranks permuted, or expert indices shifted",
-        EVERY, shows=lambda s: _maybe(s.ep > 1 or s.dp > 0),
+        EVERY, alterations=("experts-shifted",), shows=lambda s: _maybe(s.ep > 1 or s.dp > 0),
     ),
     Cause(
         "sharded-reduced-over-tp", "sharded_reduced",
@@ -248,6 +250,11 @@ _REDUCTIONS = (
     Cause(
         "gradient-dropped", "dead",
         "a family's gradient never arrives: detached, not handed to the optimizer, or zeroed",
+        EVERY,
+    ),
+    Cause(
+        "tensors-swapped", "swapped",
+        "a flat bucket is unpacked in another order: one parameter holds another's gradient",
         EVERY,
     ),
     Cause(
@@ -325,13 +332,12 @@ _SHARES = (
     ),
     Cause(
         "auxiliary-scope", "auxiliary",
-        "the auxiliary loss counts tokens over another scope (rank, global) than the case asks for",
-        shows=lambda s: _and(s.auxiliary, s.dp > 1),
+        "the auxiliary loss counts other tokens than the case asks for: other scope, stale load",
+        shows=lambda s: _and(s.auxiliary, None),
     ),
     Cause(
         "routing-weights-detached", "detached",
         "routing weights carry no gradient: the router keeps its auxiliary losses only",
-        shows=lambda s: True if s.top_k is None or s.top_k > 1 else None,
     ),
 )  # fmt: skip
 
@@ -390,9 +396,19 @@ _FORWARD = (
         shows=lambda s: _maybe(s.tp > 1),
     ),
     Cause(
-        "routing-weight-applied-twice", "weights_twice",
+        "routing-weight-applied-twice", "altered",
         "a routing weight multiplies rows before the experts and again after them",
-        shows=lambda s: True if s.top_k is None or s.top_k > 1 else None,
+        alterations=("weights-squared",), shows=lambda s: True if (s.top_k or 1) > 1 else None,
+    ),
+    Cause(
+        "routing-weights-misplaced", "altered",
+        "a token's routing weights meet the rows of its other experts: another order along top-k",
+        alterations=("weights-flipped",), shows=lambda s: None if s.top_k is None else s.top_k > 1,
+    ),
+    Cause(
+        "routing-weights-normalization", "altered",
+        "routing weights are divided by their sum where the model does not, or the reverse",
+        alterations=("weights-normalized", "weights-not-normalized"),
     ),
     Cause(
         "rows-lost-or-shifted", "rows",
@@ -405,14 +421,16 @@ _FORWARD = (
         shows=lambda s: s.etp > 1,
     ),
     Cause(
-        "shared-expert-scaled", "shared_forward",
+        "shared-expert-scaled", "altered",
         "the shared expert's output is summed over lanes that hold it whole: tp times it",
-        symbol="tp", factor=lambda s: s.tp, shows=lambda s: _and(s.tp > 1, s.shared),
+        symbol="tp", factor=lambda s: s.tp, alterations=("shared-times-tp",),
+        shows=lambda s: _and(s.tp > 1, s.shared),
     ),
     Cause(
-        "bias-added-on-every-lane", "bias_forward",
+        "bias-added-on-every-lane", "altered",
         "a replicated bias is added on every lane before their sum: tp times it",
-        symbol="tp", factor=lambda s: s.tp, shows=lambda s: _and(s.tp > 1, s.biases),
+        symbol="tp", factor=lambda s: s.tp, alterations=("bias-times-tp",),
+        shows=lambda s: _and(s.tp > 1, s.biases),
     ),
 )  # fmt: skip
 

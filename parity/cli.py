@@ -16,13 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
-from parity import __version__
+from parity import __version__, cli_reports
 from parity.case import (
     DEFAULT_SUITE,
     Case,
@@ -36,7 +37,7 @@ from parity.case import (
 from parity.errors import NothingSelectedError, ParityError, UsageError
 from parity.faults.commands import faults
 from parity.fingerprint import commit
-from parity.report import tables
+from parity.report import github, tables
 from parity.session import (
     DEFAULT_IMPLEMENTATION,
     MAX_LIVE_RANKS,
@@ -45,20 +46,17 @@ from parity.session import (
     Recorder,
     Selection,
     exit_code_of,
+    implementation_of,
     judge_case,
     open_judge,
     outside_files,
     write_report,
 )
-from parity.store import FAILING, Row, RunDirectory
+from parity.store import FAILING, Row, RunDirectory, definition_of
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: nothing is known about the cases that did not run."""
 REPORTS = Path("reports")
-_MOST_ANNOTATIONS = 10
-"""GitHub shows no more annotations of one kind in a step."""
-_MOST_SUMMARY_BYTES = 900_000
-"""GitHub refuses a step summary above 1 MiB."""
 _COLOURS = {"pass": "green", "fail": "red", "leak": "red", "error": "magenta", "skipped": "yellow"}
 
 
@@ -77,7 +75,10 @@ folder_option = click.option(
     "--cases", "folder", type=click.Path(path_type=Path), metavar="DIR",
     help="Folder of case files; default: ./cases, else the one that came with the package.",
 )  # fmt: skip
-suite_option = click.option("--suite", metavar="NAME", help="Keep the cases of one suite.")
+suite_option = click.option(
+    "--suite", metavar="NAME", help="Keep the cases of one suite.",
+    shell_complete=cli_reports.complete_suites,
+)  # fmt: skip
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -94,12 +95,17 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("selectors", nargs=-1, metavar="[SELECTOR]...")
-@click.option("--suite", metavar="NAME", help=f"Suite to run; default: {DEFAULT_SUITE}.")
+@click.argument(
+    "selectors", nargs=-1, metavar="[SELECTOR]...", shell_complete=cli_reports.complete_cases
+)
+@click.option(
+    "--suite", metavar="NAME", help=f"Suite to run; default: {DEFAULT_SUITE}.",
+    shell_complete=cli_reports.complete_suites,
+)  # fmt: skip
 @folder_option
 @click.option(
     "--implementation", metavar="NAME|module:attr",
-    help=f"What is judged; default: {DEFAULT_IMPLEMENTATION}.",
+    help=f"What is judged; default: what the case file names, else {DEFAULT_IMPLEMENTATION}.",
 )  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cpu.")
 @click.option(
@@ -134,22 +140,25 @@ def run(
         directory = RunDirectory.open(resume)
         selection = Selection.from_run(directory.run())
         cases = _chosen(selection)
-        kept = directory.keep_finished()
+        kept = directory.keep_finished({case.id: definition_of(case) for case in cases})
     else:
         selection = Selection(
             selectors=selectors,
             suite=suite if selectors else suite or DEFAULT_SUITE,
             cases=None if folder is None else str(folder),
-            implementation=implementation or DEFAULT_IMPLEMENTATION,
             device=device or "cpu",
         )
         cases = _chosen(selection)
-        selection = selection.with_files(outside_files(cases, folder))
+        selection = replace(
+            selection,
+            implementation=implementation or implementation_of(cases),
+            files=outside_files(cases, folder),
+        )
         directory = RunDirectory.create(out, root=REPORTS, commit=commit())
     done = {row.case for row in kept}
     recorder = Recorder(
         directory, selection, _command(), kept=kept, started=started,
-        is_default=directory.path.parent == REPORTS,
+        is_default=directory.path.parent == REPORTS, cases=cases,
     )  # fmt: skip
     opener: OpenJudge = ctx.obj or open_judge
     left = [case for case in run_order(cases) if case.id not in done]
@@ -274,6 +283,7 @@ def print_run(
     else:
         click.echo(tables.terminal(rows, selection.rerun, paint=_painter()))
         click.echo(f"report: {directory.path / 'report.md'}")
+        click.echo(f"page: {directory.path / 'report.html'}")
 
 
 def _painter() -> Callable[[str], str]:
@@ -305,26 +315,22 @@ def _summary(
 
 def _print_github(rows: Sequence[Row], selection: Selection, directory: RunDirectory) -> None:
     """Print annotations, and add the report to the step summary."""
-    for failure in tables.failures(rows, selection.rerun)[:_MOST_ANNOTATIONS]:
-        said = tables.block(failure)
-        click.echo(f"::error title={_escape(failure.case, True)}::{_escape(said)}")
+    for line in github.annotation_lines(tables.failures(rows, selection.rerun)):
+        click.echo(line)
     click.echo(tables.headline(rows))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        report = (directory.path / "report.md").read_bytes()[:_MOST_SUMMARY_BYTES]
-        with open(summary, "ab") as file:
-            file.write(report)
-
-
-def _escape(text: str, is_property: bool = False) -> str:
-    text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    return text.replace(":", "%3A").replace(",", "%2C") if is_property else text
+        report = (directory.path / "report.md").read_text(encoding="utf-8")
+        with open(summary, "a", encoding="utf-8") as file:
+            file.write(github.summary(report))
 
 
 # --- the other commands -------------------------------------------------------------------------
 
 
 @main.command(name="list")
-@click.argument("selectors", nargs=-1, metavar="[SELECTOR]...")
+@click.argument(
+    "selectors", nargs=-1, metavar="[SELECTOR]...", shell_complete=cli_reports.complete_cases
+)
 @suite_option
 @folder_option
 @click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
@@ -361,7 +367,7 @@ def _resolved(case: Case) -> dict[str, Any]:
 
 
 @main.command()
-@click.argument("selector", metavar="CASE")
+@click.argument("selector", metavar="CASE", shell_complete=cli_reports.complete_cases)
 @suite_option
 @folder_option
 @click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
@@ -402,7 +408,7 @@ def _rank_tables(case: Case) -> dict[str, dict[str, tuple[tuple[int, ...], ...]]
     show_default=True,
 )  # fmt: skip
 def report(folder: Path, style: str) -> None:
-    """Rebuild report.md of a run directory from its results.jsonl, and print it."""
+    """Rebuild every report of a run directory from its results.jsonl, and print one."""
     directory = RunDirectory.open(folder)
     rows = directory.rows()
     write_report(directory, rows)
@@ -437,3 +443,4 @@ def doctor(ctx: click.Context, /, folder: Path | None, style: str) -> None:
 
 
 main.add_command(faults)
+cli_reports.register(main)

@@ -130,15 +130,18 @@ def history(
 def _print_history(
     lines: Sequence[dict[Any, Any]], turned: Sequence[dict[str, Any]], style: str
 ) -> None:
-    told = [{**line, "started": f"{line['started']:%Y-%m-%d %H:%M}",
-             **{key: str(line[key]) for key in _COUNTS if key in line}} for line in lines]  # fmt: skip
+    told = [{**_counted(line), "started": f"{line['started']:%Y-%m-%d %H:%M}"} for line in lines]
     click.echo(tables.grid(told, _HISTORY_HEADERS, style=style))
     if not turned:
         click.echo("\nNo cell fails in its newest run.")
         return
-    since = [{**turn, "runs": str(turn["runs"]), "last_good": turn["last_good"] or "none known"}
-             for turn in turned]  # fmt: skip
+    since = [{**_counted(turn), "last_good": turn["last_good"] or "none known"} for turn in turned]
     click.echo("\n" + tables.grid(since, _TURN_HEADERS, style=style))
+
+
+def _counted(line: dict[Any, Any]) -> dict[Any, Any]:
+    """Write counts as text: a number would be shown as a measured one."""
+    return {key: str(value) if key in _COUNTS else value for key, value in line.items()}
 
 
 def _retain(runs: Sequence[PastRun], keep: int, is_deleting: bool) -> None:

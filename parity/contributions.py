@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity import batches, reference
+from parity import batches, hypotheses, reference
 from parity.case import Case
 from parity.collect import Assembled
 from parity.compare import UNIT_ROUNDOFF
@@ -26,6 +26,8 @@ MAX_SHARES = 64
 """Most (dp rank, micro-batch) pairs a regression is run for: each costs one backward."""
 STRUCTURE_U = 1e4
 """Residual, in unit round-offs, from which on more than a factor is wrong."""
+SAME_LOSS_U = 256
+"""Two losses this many round-offs apart are the same loss."""
 _RANK_CUT = 1e-10
 """Singular values below this part of the largest are round-off (float64)."""
 
@@ -78,12 +80,13 @@ def annotate(
         given = {name: t.double() for name, t in step.before.filled.items()}
         details = _experts(bad, actual, truth)
         _merge(details, _moved_experts(bad, given, initial if number == 1 else given))
-        if not any(r.verdict == "fail" and r.quantity == "routing" for r in rows):
-            structural = _representatives([r for r in bad if is_structural(r)], truth)
-            routing = step.truth.routing
-            about = _Regression(case, model, given, seed, number, previous, routing)
-            _merge(details, about.details(structural, actual))
+        _merge(details, _swapped(bad, actual, truth))
+        structural = _representatives([r for r in bad if is_structural(r)], truth)
+        about = _Regression(case, model, given, seed, number, previous, step.truth.routing)
+        _merge(details, about.details(structural, actual))
     for row in rows:
+        if row.quantity == "loss" and row.verdict == "fail" and case.model.name == "tiny":
+            _merge(details, _altered_losses(row, case, model, steps[(row.step or 1) - 1], seed))
         if row.quantity == "grad_norm" and row.verdict == "fail" and row.step is not None:
             parts = _norm_parts(steps[row.step - 1].truth.gradients, placements)
             details.setdefault(id(row), {})["parts"] = parts
@@ -98,6 +101,41 @@ def annotate(
 def _merge(into: dict[int, dict[str, Any]], more: Mapping[int, dict[str, Any]]) -> None:
     for key, found in more.items():
         into.setdefault(key, {}).update(found)
+
+
+def _altered_losses(
+    row: Row, case: Case, model: nn.Module, step: StepTensors, seed: int
+) -> dict[int, dict[str, Any]]:
+    """Say which altered forwards have exactly the loss that a run had; none: an empty list."""
+    actual = (row.detail or {}).get("actual")
+    dp = row.shape["dp"]
+    if actual is None or dp * case.engine.gas > MAX_SHARES:
+        return {}
+    unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
+    drawn = batches.make(case, dp, row.step or 1, seed)
+    given = {name: t.double() for name, t in step.before.filled.items()}
+    tolerance = min(SAME_LOSS_U * unit, 0.1 * (row.error or 0.0))
+    tp = row.shape["tp"]
+    found = hypotheses.matching(case, model, given, drawn, tp, actual, tolerance)
+    return {id(row): {"loss_of": found}}
+
+
+def _swapped(
+    bad: Sequence[Row], actual: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> dict[int, dict[str, Any]]:
+    """Say which other tensor's gradient stands in a tensor's place."""
+    found = {}
+    for row in bad:
+        name = str(row.tensor)
+        if name not in actual or not is_structural(row):
+            continue
+        unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
+        others = [n for n in truth if n != name and truth[n].shape == truth[name].shape]
+        held = torch.stack([actual[name].double()])
+        for other in others:
+            if match_experts(held, truth[other].unsqueeze(0), STRUCTURE_U * unit) == [0]:
+                found[id(row)] = {"tensor_from": other}
+    return found
 
 
 def _representatives(rows: Sequence[Row], truth: Mapping[str, Tensor]) -> list[Row]:
@@ -300,7 +338,7 @@ def compare_rows(actual_EFH: Tensor, expected_EFH: Tensor) -> dict[str, Any] | N
     Returns:
         lost: dimensions missing over all experts. foreign: dimensions too many. from: per expert
         that has foreign ones, the expert whose tokens they are, -1 where nobody's. moved: experts
-        with no token of their own. None where spans are full and say nothing.
+        with foreign tokens only. None where spans are full and say nothing.
     """
     spans = [(_span(a), _span(e)) for a, e in zip(actual_EFH, expected_EFH, strict=True)]
     full = min(expected_EFH.shape[1:])
@@ -313,7 +351,7 @@ def compare_rows(actual_EFH: Tensor, expected_EFH: Tensor) -> dict[str, Any] | N
         extra = _span(actual - actual @ expected.T @ expected, 1e-6)
         missing = _span(expected - expected @ actual.T @ actual, 1e-6)
         lost, foreign = lost + missing.shape[0], foreign + extra.shape[0]
-        if expected.shape[0] and missing.shape[0] == expected.shape[0]:
+        if extra.shape[0] and missing.shape[0] == expected.shape[0]:
             moved.append(index)
         if extra.shape[0]:
             sources[str(index)] = _source(extra, index, [e for _, e in spans], expected)

@@ -140,6 +140,12 @@ class Observation:
         """Gradients are wrong though the forward is right."""
         return bool(self.bad("gradient")) and not self.forward_differs and not self.bad("routing")
 
+    @cached_property
+    def alterations(self) -> list[str] | None:
+        """Altered forwards with exactly this run's loss; None where none was tried."""
+        details = [row.detail or {} for row in self.bad("loss")]
+        return next((detail["loss_of"] for detail in details if "loss_of" in detail), None)
+
     # gradients
 
     @cached_property

@@ -152,7 +152,7 @@ def trends(runs: Sequence[PastRun]) -> pd.DataFrame:
     ).set_index("id")  # fmt: skip
     verdicts = pd.crosstab(per_cell["id"], per_cell["verdict"])
     for verdict in ("pass", "fail", "leak", "error", "skipped"):
-        found = verdicts[verdict] if verdict in verdicts else 0
+        found = verdicts.get(verdict, 0)
         table[verdict] = pd.Series(found, index=table.index).fillna(0).astype(int)
     table["cells"] = per_cell.groupby("id").size().reindex(table.index, fill_value=0)
     table["margin"] = passing.groupby("id")["used"].max()

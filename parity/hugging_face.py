@@ -26,21 +26,39 @@ GROUPS = 4
 CHOSEN_GROUPS = 2
 
 
+Answer = tuple[Tensor, Tensor, Tensor]
+"""Of a gate: logits (T, E), weights of the chosen experts (T, K), chosen experts (T, K)."""
+
+
 class Gate:
     """What a model's own gate said in the last forward.
 
     Attributes:
         logits_TE: (T, E).
         indices_TK: (T, K) chosen experts.
+        forced_TK: experts to use instead of the gate's own choice, or None.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.logits_TE = self.indices_TK = torch.empty(0)
+        self.forced_TK: Tensor | None = None
         module.register_forward_hook(self._watch)
 
-    def _watch(self, _: nn.Module, __: Any, answer: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _watch(self, _: nn.Module, __: Any, answer: Answer) -> Answer | None:
         self.logits_TE, _weights, self.indices_TK = answer
+        if self.forced_TK is None:
+            return None
+        self.indices_TK = self.forced_TK
+        return self.logits_TE, self._weights(self.forced_TK), self.forced_TK
+
+    def _weights(self, indices_TK: Tensor) -> Tensor:
+        """Weigh experts as the gates of Mixtral and Qwen3-MoE do: softmax over all experts."""
+        assert self._softmax and not getattr(self.module, "num_group", None), "not forced here"
+        weights_TK = self.logits_TE.softmax(-1).gather(-1, indices_TK)
+        if getattr(self.module, "norm_topk_prob", True):
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return weights_TK
 
     def margin(self) -> float:
         """Give a lower bound of the change of a logit that would change the choice of a token.
@@ -48,6 +66,8 @@ class Gate:
         Scores (softmax or sigmoid) move by at most a quarter of what logits do, sums of two scores
         by half: four times the smallest gap between scores, twice that between group sums.
         """
+        if self.forced_TK is not None:
+            return self._forced_margin()
         scores = self._scores()
         groups = getattr(self.module, "num_group", None) or 1
         gaps = []
@@ -64,6 +84,15 @@ class Gate:
         ordered_scores = scores.sort(dim=-1, descending=True).values
         gaps.append(4 * (ordered_scores[:, top_k - 1] - ordered_scores[:, top_k]))
         return float(torch.stack([gap.min() for gap in gaps]).min())
+
+    def _forced_margin(self) -> float:
+        """Give by how much the forced experts lead; below 0: by how much another one does."""
+        chosen = torch.zeros_like(self.logits_TE, dtype=torch.bool)
+        chosen = chosen.scatter(-1, self.indices_TK, True)
+        logits = self.logits_TE.detach()
+        worst = logits.masked_fill(~chosen, math.inf).amin(-1)
+        best_left = logits.masked_fill(chosen, -math.inf).amax(-1)
+        return float((worst - best_left).min())
 
     @property
     def _softmax(self) -> bool:

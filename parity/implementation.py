@@ -107,8 +107,11 @@ class Implementation(Protocol):
     def gradients(self) -> Mapping[str, Tensor | None]:
         """Give this rank's shard of every gradient of the last step, reduced, not clipped."""
 
-    def grad_norm(self) -> float:
-        """Give the engine's own global gradient norm of the last step, before clipping."""
+    def grad_norm(self) -> float | None:
+        """Give the engine's own global gradient norm of the last step, before clipping.
+
+        None: the engine has none here; its row is skipped, what it clips is judged by the update.
+        """
 
     def routing(self) -> Routing:
         """Give the experts chosen in the last step on this rank's tokens."""

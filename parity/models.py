@@ -21,10 +21,9 @@ from parity import case as cases
 from parity import hugging_face
 from parity.hugging_face import Gate, HuggingFace
 
-
-TIED_SCALE = 0.2
-"""Size of an embedding that is also the head: at 1 the logits reach 60, a token that predicts
-itself has the gradient p - 1 = -1e-8, and its only expert nothing but round-off."""
+TIED_SCALE = 0.05
+"""Size of the last norm's weight where the embedding is the head: at 1 the logits reach 60, a token
+that predicts itself has the gradient p - 1 = -1e-8, and its only expert nothing but round-off."""
 
 
 class Router(nn.Module):
@@ -228,7 +227,7 @@ def build(spec: cases.Model, seed: int, *, idle_expert: bool, ties: bool = False
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(_initial(name, noise))
         if spec.tied:
-            model.embedding.weight.mul_(TIED_SCALE)
+            model.norm.weight.mul_(TIED_SCALE)
         if ties:
             _tie_experts(model)
         if idle_expert:
@@ -263,8 +262,7 @@ def _make_last_expert_idle(model: Tiny, generator: torch.Generator, ties: bool) 
         common[: -(-model.spec.experts // cases.TIED)] = 0.0
     common = torch.where(common == 0.0, 0.0, common - common.sum() / (common != 0.0).sum())
     unit = common / common.norm()
-    scale = TIED_SCALE if model.spec.tied else 1.0
-    model.embedding.weight.add_(scale * math.sqrt(hidden) * unit)
+    model.embedding.weight.add_(math.sqrt(hidden) * unit)
     for block in model.blocks():
         for blind in (block.moe.router, block.attention.q, block.attention.k):
             blind.weight.sub_(torch.outer(blind.weight @ unit, unit))
@@ -296,7 +294,7 @@ def gates(model: nn.Module) -> Sequence[MoE | Gate]:
 
 def force_routing(model: nn.Module, routing: Sequence[Tensor | None]) -> None:
     """Make every MoE layer use the given (T, K) indices instead of its own choice."""
-    for layer, indices_TK in zip(moe_layers(model), routing, strict=True):
+    for layer, indices_TK in zip(gates(model), routing, strict=True):
         layer.forced_TK = indices_TK
 
 

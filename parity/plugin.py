@@ -127,7 +127,7 @@ class ParityPlugin:
         self._worker: dict[str, Any] | None = getattr(config, "workerinput", None)
         self._folder: Path | None = None
         self._open = contextlib.ExitStack()
-        self._judge: Judging | None = None
+        self._judges: dict[str, Judging] = {}
         self._recorder: Recorder | None = None
         self._files: dict[str, str] = {}
         self._largest_world = 0
@@ -194,8 +194,9 @@ class ParityPlugin:
         from parity import session
 
         self._files |= session.outside_files([case])
-        implementation = self.selection.implementation
-        if self._judge is None:
+        asked = self.config.getoption("--parity-implementation")
+        implementation = asked or session.implementation_of([case])
+        if implementation not in self._judges:
             workers = int(self._worker["workercount"]) if self._worker else 1
             ranks = max(session.MAX_LIVE_RANKS // workers, self._largest_world)
             opened = session.open_judge(
@@ -205,8 +206,8 @@ class ParityPlugin:
                 max_live_ranks=ranks,
                 engines=self._engines,
             )
-            self._judge = self._open.enter_context(opened)
-        return session.judge_case(self._judge, case, implementation)
+            self._judges[implementation] = self._open.enter_context(opened)
+        return session.judge_case(self._judges[implementation], case, implementation)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(

@@ -75,6 +75,16 @@ def evaluate(
     )
 
 
+@torch.no_grad()
+def loss(
+    case: Case, model: nn.Module, weights: Mapping[str, Tensor], batches: data.StepBatches
+) -> float:
+    """Evaluate the objective alone, as `evaluate` does."""
+    wide = {name: w.detach().to(DTYPE) for name, w in weights.items()}
+    with lifted() if case.model.name != "tiny" else nullcontext():
+        return float(_shares(case, model, wide, batches, None).objective)
+
+
 @dataclass
 class _Shares:
     objective: Tensor
@@ -105,7 +115,7 @@ def _shares(
             for index, layer in enumerate(layers):
                 logits_by_layer[index].append(layer.logits_TE)
                 margin = min(margin, _margin(layer, case.data.ties))
-            models.force_routing(model, [None] * len(models.moe_layers(model)))
+            models.force_routing(model, [None] * len(models.gates(model)))
         chosen = [[routing[r][m][i] for r in range(dp)] for i in range(len(logits_by_layer))]
         if case.model.name != "tiny":
             continue  # its loss holds its own auxiliary loss
@@ -222,7 +232,7 @@ def shares(
                 for r in range(dp):
                     loss = _auxiliary_of(case, scope, r, logits, picks) / gas
                     auxiliary[scope][r].append(_split(loss, leaves, names))
-    models.force_routing(model, [None] * len(models.moe_layers(model)))
+    models.force_routing(model, [None] * len(models.gates(model)))
     tokens = [[int(batch.input_ids.numel()) for batch in row] for row in batches]
     return Shares(main, auxiliary, tokens)
 

@@ -71,6 +71,8 @@ def open_judge(
     gpus = visible_gpus() if device == "cuda" else ()
     on_deepspeed = "deepspeed" in {implementation, first.engine.name, *engines}
     preload = (*gang.PRELOAD, *PRELOAD, *(warm.DEEPSPEED if on_deepspeed else ()))
+    if implementation == "deepspeed":
+        preload = (*preload, *warm.DEEPSPEED_FOLDING)
     pool = gang.GangPool(preload, max_live_ranks=max_live_ranks, visible_devices=gpus)
     try:
         if device == "cpu" and first.engine.backend == "gloo":
@@ -99,6 +101,19 @@ class Finished:
     def verdict(self) -> str:
         """Give the verdict of the whole case."""
         return case_verdict(self.rows)
+
+
+def implementation_of(cases: Iterable[Case]) -> str:
+    """Name what the files of the cases are about.
+
+    Raises:
+        UsageError: they are about different ones.
+    """
+    named = sorted({case.implementation or DEFAULT_IMPLEMENTATION for case in cases})
+    if len(named) > 1:
+        text = f"the cases are about {' and '.join(named)}: give --implementation or --suite"
+        raise UsageError(text)
+    return named[0] if named else DEFAULT_IMPLEMENTATION
 
 
 def judge_case(judge: Judging, case: Case, implementation: str) -> Finished:

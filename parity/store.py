@@ -142,7 +142,7 @@ def engine_of(case: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_NO_PART_OF_A_CASE = {"id", "suite", "file", "deadline_s"}
+_NO_PART_OF_A_CASE = {"id", "suite", "file", "deadline_s", "implementation"}
 
 
 def definition_of(case: Case) -> str:
@@ -258,8 +258,12 @@ class RunDirectory:
                 raise UsageError(f"{self.results}:{number}: {problem}") from None
         return rows
 
-    def keep_finished(self) -> list[Row]:
+    def keep_finished(self, definitions: Mapping[str, str] | None = None) -> list[Row]:
         """Drop what a resumed run does again: errored cases, and the case a crash cut off.
+
+        Args:
+            definitions: case id -> hash of what it is now; a case that was another when it ran,
+                as run.json has it, is done again too.
 
         Returns:
             The rows that stay.
@@ -268,7 +272,12 @@ class RunDirectory:
         cases = by_case(self.rows())
         if not whole and cases:  # the cut line may belong to the case of the line before it
             cases.popitem()
-        kept = [r for rows in cases.values() if case_verdict(rows) != "error" for r in rows]
+        ran, now = self.run().get("definitions") or {}, definitions or {}
+        for case in [*cases]:
+            hashed = ran.get(case, now.get(case))
+            if hashed != now.get(case, hashed) or case_verdict(cases[case]) == "error":
+                del cases[case]
+        kept = [row for rows in cases.values() for row in rows]
         _replace(self.results, "".join(f"{row.to_json()}\n" for row in kept))
         return kept
 

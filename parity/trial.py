@@ -27,7 +27,6 @@ from parity.implementation import (
 )
 from parity.layout import Layout
 
-
 FP16_LOSS_SCALE = 128.0
 """Fixed: a dynamic scale begins with steps that overflow and are skipped. A power of two is exact,
 and gradients of about 1e-4 leave float16's subnormal range."""
@@ -69,7 +68,7 @@ class StepResult:
     before: dict[str, Any]
     gradients: dict[str, Any]
     after: dict[str, Any]
-    grad_norm: float
+    grad_norm: float | None
     routing: list[list[Any]]
 
 

@@ -19,6 +19,15 @@ DEEPSPEED = (
 that DeepSpeed imports, and compiles kernels of, inside its first reduction."""
 
 
+DEEPSPEED_FOLDING = (
+    "deepspeed.module_inject.auto_ep",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.stage3",
+    "parity.warm:hugging_face",
+)
+"""Preloaded, too, where DeepSpeed's own folding is judged."""
+
+
 def deepspeed() -> None:
     """Keep DeepSpeed from compiling an operator in every gang's first case, and from chatting.
 
@@ -30,3 +39,13 @@ def deepspeed() -> None:
 
     vars(deepspeed.ops)["__compatible_ops__"] = {}
     logger.setLevel(logging.ERROR)
+
+
+def hugging_face() -> None:
+    """Import the models that DeepSpeed's own folding is judged on, where transformers is there."""
+    import contextlib
+    import importlib
+
+    with contextlib.suppress(ImportError):
+        for name in ("mixtral", "qwen3_moe"):
+            importlib.import_module(f"transformers.models.{name}.modeling_{name}")

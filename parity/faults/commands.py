@@ -48,7 +48,11 @@ def list_faults(style: str) -> None:
     "--suite", default=SUITE, metavar="NAME", show_default=True, help="Cases to choose from."
 )
 @click.option(
-    "--cases", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Folder of case files."
+    "--cases",
+    "folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of case files.",
 )
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
@@ -99,5 +103,3 @@ def _complaint(entry: Entry) -> str:
     found = {c for e in entry.variants or (entry,) if not e.diagnosed for c in e.causes}
     printed = ", ".join(sorted(found)) or "none"
     return f"{entry.id}: true cause {entry.true_cause} is not among the printed ones: {printed}"
-
-

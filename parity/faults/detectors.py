@@ -98,8 +98,8 @@ def cosine(seen: Seen) -> bool:
 def global_norm(seen: Seen) -> bool:
     """Compare the engine's own global gradient norm."""
     folded, baseline = seen.made_of.folded.steps, seen.made_of.baseline.steps
-    pairs = zip(folded, baseline, strict=True)
-    return any(not abs(f.norms[0] / b.norms[0] - 1.0) <= GLOBAL_NORM for f, b in pairs)
+    pairs = ((f.norms[0], b.norms[0]) for f, b in zip(folded, baseline, strict=True))
+    return any(n is None or m is None or not abs(n / m - 1.0) <= GLOBAL_NORM for n, m in pairs)
 
 
 def loss_curve(seen: Seen) -> bool:

@@ -215,6 +215,7 @@ class Stale:
         self._kept: dict[Any, Any] = {}
 
     def __call__(self, value: Any, **context: Any) -> Any:
+        """Give what passed before and keep what passes now."""
         key = context.get("layer"), context.get("name")
         before = self._kept.get(key, value)
         self._kept[key] = value.clone() if isinstance(value, Tensor) else value
@@ -247,9 +248,7 @@ def other_rule(value: Any, *, rule: str, only: str | None = None, **_: Any) -> A
 
 
 @_selective
-def rule_over(
-    value: Any, *, over: str, divisor: int, only: str | None = None, **_: Any
-) -> Any:
+def rule_over(value: Any, *, over: str, divisor: int, only: str | None = None, **_: Any) -> Any:
     """Take a rule that sums over an axis and divides by a number."""
     return RuleOver(over, int(divisor)) if only in (None, value.name) else value
 
@@ -294,11 +293,11 @@ class _Summed(torch.autograd.Function):
 @_selective
 def enters_raw(_function: Any, **_: Any) -> Callable[[Tensor, Any], Tensor]:
     """Hand a tensor to lanes with no collective in backward."""
-    return lambda x, group: x
+    return lambda x, _group: x
 
 
 @_selective
-def enters_summed(function: Any, **_: Any) -> Callable[[Tensor, Any], Tensor]:
+def enters_summed(_function: Any, **_: Any) -> Callable[[Tensor, Any], Tensor]:
     """Sum lanes in backward: Megatron's f where the mean is due."""
     return lambda x, group: x if group.handle is None else _Summed.apply(x, group)
 

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from parity.hugging_face import HuggingFace
-from parity.implementation import Batch, Family, Placement, RankContext, Refusal, Shard, Transform
+from parity.implementation import Batch, Family, Placement, RankContext, Refusal, Shard
 from parity.implementations import deepspeed_state as state
 from parity.layout import Layout
 
@@ -380,7 +380,8 @@ class DeepSpeedImplementation:
         from deepspeed.utils import safe_get_full_grad
 
         optimizer = self._engine.optimizer
-        scale = float(optimizer.loss_scale) if isinstance(optimizer, ZeROOptimizer) else 1.0
+        scaled = isinstance(optimizer, ZeROOptimizer) and hasattr(optimizer, "loss_scale")
+        scale = float(optimizer.loss_scale) if scaled else 1.0
         read: dict[str, Tensor | None] = {}
         for name, parameter in self._named():
             gradient = safe_get_full_grad(parameter)

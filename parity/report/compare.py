@@ -164,7 +164,7 @@ def _failed(base: Cell | None, head: Cell, rerun: Rerun) -> Change:
     fresh = [entry for entry in wrong if _is_worse(before.get(_place(entry)), entry)]
     rank = VERDICTS.index
     is_worse = base is None or rank(head.verdict) < rank(base.verdict) or bool(fresh)
-    shown = (fresh or wrong or [None])[0]
+    shown = next(iter(fresh or wrong), None)
     return _make("worse" if is_worse else "still", base, head, shown, rerun)
 
 
@@ -266,9 +266,7 @@ def _warnings(base: Run, head: Run) -> Iterable[str]:
     for name in ("devices", "versions", "environment"):
         if differing := _differing(base.about.get(name), head.about.get(name), name):
             yield f"{'machines' if name == 'devices' else name} differ: {differing}"
-    given = [
-        ", ".join(sorted({cell.implementation for cell in run.cells})) for run in (base, head)
-    ]
+    given = [", ".join(sorted({cell.implementation for cell in run.cells})) for run in (base, head)]
     if given[0] != given[1] and all(given):
         yield f"implementations differ: {given[0]} -> {given[1]}"
     if changed := _redefined(base.about, head.about):
@@ -325,8 +323,8 @@ def _families(
 # --- Markdown -----------------------------------------------------------------------------------
 
 _HEADER = (
-    "| cell | what | base scale / error | head scale / error | verdict | causes | margin | rerun |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| cell | what | base scale / error | head scale / error | verdict | causes | margin "
+    "| rerun |\n|---|---|---|---|---|---|---|---|"
 )
 _WEIGHTS = {"worse": 9, "lost": 8, "margin": 6, "still": 7, "fixed": 3}
 

@@ -88,7 +88,7 @@ def summary(text: str, room: int = MOST_SUMMARY_BYTES) -> str:
     return "\n\n".join(kept) + f"{fence}\n\n_{gone} more parts were cut to fit; see report.md._\n"
 
 
-def annotations(failures: Iterable[Failure]) -> list[str]:
+def annotation_lines(failures: Iterable[Failure]) -> list[str]:
     """Write the workflow commands that mark the first failures, the worst ones."""
     said = []
     for failure in list(failures)[:MOST_ANNOTATIONS]:

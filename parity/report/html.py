@@ -118,7 +118,8 @@ def page_data(cells: Sequence[Cell], rerun: Rerun) -> dict[str, Any]:
     """Build the JSON of the page: tables of words, and cells that refer to them.
 
     Returns:
-        `words`: name -> list; `cells`: lists as `cellOf` and `entryOf` of templates/report.js read them.
+        `words`: name -> list; `cells`: lists, as templates/report.js reads them in `cellOf` and
+        `entryOf`.
     """
     seen = {entry.family for cell in cells for entry in cell.entries}
     words = {
@@ -196,5 +197,3 @@ def _short(value: float | None, digits: int) -> float | int | None:
         return None
     short = float(f"{value:.{digits}g}")
     return int(short) if short.is_integer() and abs(short) < 1e9 else short
-
-

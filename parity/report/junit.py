@@ -29,7 +29,7 @@ def render(cells: Sequence[Cell], run: Mapping[str, Any], rerun: Rerun) -> str:
         run: run.json, for the time stamp and the suite's properties.
         rerun: case id -> the command that runs just that case again.
     """
-    root = ElementTree.Element("testsuites", name="parity", **_sums(cells))
+    root = ElementTree.Element("testsuites", {"name": "parity", **_sums(cells)})
     for cell in cells:
         root.append(_suite(cell, run, rerun))
     ElementTree.indent(root)
@@ -48,7 +48,7 @@ def _sums(cells: Sequence[Cell]) -> dict[str, str]:
 def _suite(cell: Cell, run: Mapping[str, Any], rerun: Rerun) -> ElementTree.Element:
     sums = {**_sums([cell]), "skipped": str(int(cell.verdict == "skipped"))}
     stamp = {"timestamp": str(run["started"])} if run.get("started") else {}
-    suite = ElementTree.Element("testsuite", name=_clean(cell.case), **sums, **stamp)
+    suite = ElementTree.Element("testsuite", {"name": _clean(cell.case), **sums, **stamp})
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in about(cell, run).items():
         ElementTree.SubElement(properties, "property", name=name, value=_clean(str(value)))

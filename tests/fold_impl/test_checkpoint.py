@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -20,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from fold_impl import archive, checkpoint, states
+from fold_impl import archive, checkpoint
 from fold_impl.archive import CheckpointError
 from fold_impl.config import FoldConfig
 from fold_impl.engine import NativeEngine, build_engine
@@ -275,7 +273,6 @@ def test_the_loss_curve_is_one_process_s_at_any_layout_and_through_reshards(
     loaded is, tensor by tensor, what it was given.
     """
     expected = reference_curve()
-    assert expected[-1] < 0.97 * expected[0]
     folders = [tmp_path / name for name in ("w8", "w4", "one")]
     for name in ("one", "w4-tp4-etp2", "w8-tp4-ep4"):
         fold = SHAPES[name]
@@ -294,9 +291,36 @@ def test_the_loss_curve_is_one_process_s_at_any_layout_and_through_reshards(
 
 
 def assert_close(actual: Sequence[float], expected: Sequence[float]) -> None:
-    """Allow 64 u a step: rounding enters anew at each and AdamW carries it on."""
+    """Allow 64 u at each step, the limit of SPEC section 3; 2 u is what was measured."""
     for step, (one, other) in enumerate(zip(actual, expected, strict=True), start=1):
-        assert abs(one / other - 1) <= 64 * U * step, f"step {step}: {one} against {other}"
+        assert abs(one / other - 1) <= 64 * U, f"step {step}: {one} against {other}"
+
+
+def lose_state(value: Tensor, *, state: str | None, **_: Any) -> Tensor:
+    """Plant: momenta do not come back."""
+    return torch.zeros_like(value) if state == "exp_avg" else value
+
+
+def roll_experts(value: Tensor, *, family: str, state: str | None, **_: Any) -> Tensor:
+    """Plant: second moments of the experts are the neighbour's."""
+    return value.roll(1, 0) if family == "expert" and state == "exp_avg_sq" else value
+
+
+@pytest.mark.parametrize("fault", [lose_state, roll_experts])
+def test_state_that_is_lost_or_another_s_bends_the_curve(
+    tmp_path: Path, fault: Callable[..., Tensor]
+) -> None:
+    """The comparison of curves is shown to fail: the step after the first feels it."""
+    engine = alone()
+    train(engine, 1, 5)
+    engine.save_checkpoint(tmp_path)
+    expected, faulty = train(engine, 6, 7), alone(seed=9)
+    faulty.points.plant("checkpoint.part", fault)
+    faulty.load_checkpoint(tmp_path)
+    actual = train(faulty, 6, 7)
+    assert_close(actual[:1], expected[:1])
+    with pytest.raises(AssertionError, match="step 2"):
+        assert_close(actual, expected)
 
 
 # ---------------------------------------------------------------- one process: fast worlds of one
@@ -400,13 +424,17 @@ def rename(body: dict[str, Any]) -> None:
     body["tensors"]["model/norm.gain"] = {**stored, "name": "norm.gain"}
 
 
-def exchange_names(path: Path) -> None:
-    """Exchange two equally large weights inside the file, and hash it anew."""
+def more(body: dict[str, Any]) -> None:
+    """Record a weight twice, once under a name the model does not have."""
+    stored = body["tensors"]["model/norm.weight"]
+    body["tensors"]["model/norm.gain"] = {**stored, "name": "norm.gain"}
+
+
+def move_offset(path: Path) -> None:
+    """Write a file that says of one weight that it begins in another row, and hash it anew."""
     tensors = load_file(path / MODEL_FILE)
-    moved = {"layers.0.attention.q.weight", "layers.0.mlp.w1.weight"}
     header = {key: {"saved_offsets": [0] * t.ndim} for key, t in tensors.items()}
     header["head.weight"]["saved_offsets"] = [1, 0]
-    assert moved <= set(tensors)
     save_file(tensors, path / MODEL_FILE, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(header)})
     facts = {
         "bytes": (path / MODEL_FILE).stat().st_size,
@@ -447,7 +475,11 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         rewrite(rename),
         ("other weights than the model's", "expected norm.weight", "found norm.gain"),
     ),
-    "moved rectangle": (exchange_names, ("head.weight: another rectangle", "(0, 0)", "(1, 0)")),
+    "one weight more": (
+        rewrite(more),
+        ("weights the model does not have", "expected none", "found norm.gain"),
+    ),
+    "moved rectangle": (move_offset, ("head.weight: another rectangle", "(0, 0)", "(1, 0)")),
     "later format": (
         rewrite(lambda body: body.update(version=2)),
         ("unknown format", "('fold_impl.checkpoint', 1)", "('fold_impl.checkpoint', 2)"),
@@ -494,11 +526,11 @@ def test_the_undamaged_checkpoint_is_taken(folder: Path) -> None:
     [
         ({"optimizer": MOMENTUM}, "of another optimizer; expected SGD, found AdamW"),
         ({"schedule": False}, "of another scheduler; expected none, found MultiStepLR"),
-        ({"model.shared_width": 0}, "weights the model does not have; expected none, found layers.0."),
+        ({"model.layers": 2}, "other weights than the model's; expected layers.1."),
         ({"model.vocab": 41}, "embedding.weight: another shape; expected (41, 48), found (37, 48)"),
         ({"model.biases": True}, "other weights than the model's; expected layers.0.attention."),
     ],
-    ids=["optimizer", "scheduler", "shared", "vocabulary", "biases"],
+    ids=["optimizer", "scheduler", "layers", "vocabulary", "biases"],
 )
 def test_a_checkpoint_of_another_run_is_refused(
     folder: Path, present: dict[str, Any], said: str
@@ -788,3 +820,26 @@ def test_ranks_that_save_different_runs_are_refused(tmp_path: Path) -> None:
     (said,) = set(run_ranks(4, confused))
     assert "rank 3: saves another tag" in said
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- death during a save
+
+
+def test_a_process_killed_at_any_moment_of_a_save_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """SIGKILL at every call to the file system: the old state or the new one, never neither.
+
+    Once under a new tag, once under the tag of the only checkpoint there is. The next save then
+    succeeds and clears what the dead one left.
+    """
+    command = [sys.executable, "-m", "tests.fold_impl.killed_saves", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        found = json.loads(line)
+        outcomes = found["outcomes"]
+        assert len(outcomes) >= 20, found
+        assert set(outcomes) == {"first", "second"}, found
+        # once the new one is reached it stays: no moment goes back
+        assert outcomes == sorted(outcomes), found

@@ -40,6 +40,8 @@ lint: $(INSTALLED)
 suites: $(INSTALLED)
 	$(BIN)/parity run --suite seed
 	$(BIN)/pytest -n auto --parity-suite seed cases
+	$(BIN)/parity faults run --out reports/faults
+	FAULT_DRAWS=50 $(BIN)/pytest -n auto tests/parity/test_faults.py
 
 # torchtitan requires datasets, wandb, tensorboard ...; its rank tables need three small packages
 oracles: $(INSTALLED)

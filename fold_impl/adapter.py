@@ -111,6 +111,11 @@ class FoldImplementation:
         """Go on from what `save` wrote, also at another layout; say what is not exact then."""
         return checkpoint.load(self._engine, path, reshard=True).notes
 
+    def optimizer_state(self) -> Mapping[str, Mapping[str, Any]]:
+        """This rank's part of the optimizer's state: parameter -> entry -> tensor or number."""
+        state: Mapping[str, Mapping[str, Any]] = self._engine.optimizer_state()
+        return state
+
     def plant(self, point: str, transform: Transform) -> None:
         """Transform the value that passes a named point, in forward, reduction or step."""
         self._points.plant(point, transform)

@@ -37,6 +37,8 @@ __all__ = ["ConfigError", "FoldConfig", "OptimizerConfig", "SchedulerConfig", "U
 Engine = Literal["native", "deepspeed"]
 AuxScope = Literal["rank", "global"]
 STRATEGIES = ("route_full",)
+BUCKET_NUMEL = 1 << 26
+"""Elements of one flat collective: 256 MiB in float32, above which NCCL no longer gains."""
 PRESET_MODELS = ("mixtral", "qwen3_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3")
 
 LAYOUT_KEYS = {
@@ -172,6 +174,8 @@ class FoldConfig:
     z_loss_coef: float = 0.0
     coalesce_grad_reduction: bool = False
     """ZeRO-1/2: keep gradients local until the last micro-batch, then reduce them once."""
+    bucket_numel: int = BUCKET_NUMEL
+    """Elements of one flat gradient collective of the native engine."""
     aux_scope: AuxScope = "rank"
     """Tokens an auxiliary loss is a function of, per micro-batch: this dp rank's, or all."""
     train_batch_size: int = 1
@@ -323,6 +327,7 @@ def _read_folding(folding: Section, preset_model: str | None) -> dict[str, Any]:
         "engine": folding.take("engine", one_of("native", "deepspeed"), None),
         "strategy": folding.take("strategy", one_of(*STRATEGIES), "route_full"),
         "coalesce_grad_reduction": folding.take("coalesce_grad_reduction", BOOLEAN, False),
+        "bucket_numel": folding.take("bucket_numel", POSITIVE, BUCKET_NUMEL),
         "preset": folding.take("preset", optional(TABLE), None),
         "load_balance_coef": float(folding.take("load_balance_coef", COEFFICIENT, 0.0)),
         "z_loss_coef": float(folding.take("z_loss_coef", COEFFICIENT, 0.0)),

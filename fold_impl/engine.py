@@ -106,7 +106,9 @@ class NativeEngine:
     def allreduce_gradients(self) -> None:
         """Reduce the accumulated gradients; `step` does so where it has not been done."""
         if not self._reduced:
-            reduce_gradients(self.folded_parameters, self.groups, self.points)
+            reduce_gradients(
+                self.folded_parameters, self.groups, self.points, self.config.bucket_numel
+            )
             self._reduced = True
 
     def step(self) -> None:

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fold_impl.config import BUCKET_NUMEL
 from fold_impl.families import FoldedParameter, Rule, replicas, rule_of
 from fold_impl.groups import FoldGroups, Group
 from fold_impl.layout import FoldLayout
 from fold_impl.points import Points
-
-BUCKET_NUMEL = 1 << 26
-"""Elements of one flat collective: 256 MiB in float32, above which NCCL no longer gains."""
 
 
 @dataclass(frozen=True)

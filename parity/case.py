@@ -144,11 +144,40 @@ class Case(Part):
     deadline_s: Annotated[float, Field(gt=0.0)] = 60.0
     implementation: str | None = None
     """What its file is about; None: whatever the run judges."""
+    checkpoint: str | None = None
+    """Save after half of the steps and run the rest again from there: `resume` at the same
+    layout, or at another one: `reshard:w4-tp2-ep2-etp1` (sizes of 1 may be left out)."""
 
     @property
     def layout(self) -> Layout:
         """Give the rank algebra of the folded run."""
         return Layout(**self.shape.model_dump())
+
+    @property
+    def saved_after(self) -> int:
+        """Give the step after which a case with a checkpoint saves."""
+        return self.steps // 2
+
+    @property
+    def resumed_shape(self) -> Shape:
+        """Give the shape the steps after the checkpoint are run at a second time.
+
+        Raises:
+            ValueError: the target of a reshard cannot be read.
+        """
+        if self.checkpoint in (None, "resume"):
+            return self.shape
+        sizes = _RESHARD.fullmatch(str(self.checkpoint))
+        if sizes is None:
+            raise ValueError(self.checkpoint)
+        given = {key: int(size) for key, size in sizes.groupdict().items() if size is not None}
+        return Shape(**given)
+
+
+_RESHARD = re.compile(
+    r"reshard:w(?P<world>[1-9]\d*)(?:-tp(?P<tp>[1-9]\d*))?(?:-ep(?P<ep>[1-9]\d*))?"
+    r"(?:-etp(?P<etp>[1-9]\d*))?"
+)
 
 
 # --- the flat form: dotted key -> value -------------------------------------------------------
@@ -256,6 +285,7 @@ _TOKENS = (
     Token("model.name", ""),
     Token("engine.sequence_parallel_size", "sp"),
     Token("steps", "steps"),
+    Token("checkpoint", ""),
 )
 _OPTIONS = "engine.options."
 _OPTION_TOKENS = (
@@ -446,6 +476,28 @@ def _engine_problems(case: Case) -> Iterator[_Problem]:
             yield _Problem("optimizer.betas", beta, "is not a decay rate", "0 <= beta < 1")
 
 
+def _checkpoint_problems(case: Case) -> Iterator[_Problem]:
+    """Find a checkpoint that cannot be taken, or a target that does not tile."""
+    if case.checkpoint is None:
+        return
+    if case.steps < 2:
+        yield _Problem("steps", case.steps, "no step is left behind the checkpoint", "2 or more")
+    try:
+        target = case.resumed_shape
+    except ValueError:
+        forms = ["resume", "reshard:w<world>-tp<tp>-ep<ep>-etp<etp>"]
+        yield _Problem("checkpoint", case.checkpoint, "is no checkpoint", forms)
+        return
+    if case.checkpoint != "resume" and target == case.shape:
+        yield _Problem("checkpoint", case.checkpoint, "is the case's own shape", ["resume"])
+    if target != case.shape and case.data.lane_varying:
+        problem = "other lanes would have other consumers (data.lane_varying)"
+        yield _Problem("checkpoint", case.checkpoint, problem, ["resume"])
+    for key, value, problem, allowed in _tiling_problems(target, case.model):
+        said = f"{key.removeprefix('shape.')} {value} {problem}"
+        yield _Problem("checkpoint", case.checkpoint, said, allowed)
+
+
 def check(case: Case) -> None:
     """Refuse a case that cannot be run as written.
 
@@ -458,6 +510,7 @@ def check(case: Case) -> None:
         _hugging_face_problems(case),
         _tiling_problems(case.shape, case.model),
         _engine_problems(case),
+        _checkpoint_problems(case),
     )
     for key, value, problem, allowed in problems:
         raise CaseError(

@@ -18,6 +18,7 @@ Signature = Literal[
     "wrong_group", "permutation", "sharded_reduced", "dead",
     "shares", "auxiliary", "detached",
     "restore_rows", "restore_scaled", "adjoint", "input_partial", "input_scaled", "dense_partial",
+    "dense_summed",
     "altered", "rows", "etp_rows", "swapped",
     "routing", "routing_lanes",
     "norm_high", "norm_low", "clip", "update", "idle", "checkpoint", "resume",
@@ -240,7 +241,7 @@ _REDUCTIONS = (
     Cause(
         "expert-permutation", "permutation",
         "expert e holds what belongs to another: EP ranks permuted, or expert indices shifted",
-        EVERY, alterations=("experts-shifted",), shows=lambda s: _maybe(s.ep > 1 or s.dp > 0),
+        EVERY, alterations=("experts-shifted",),
     ),
     Cause(
         "sharded-reduced-over-tp", "sharded_reduced",
@@ -251,6 +252,11 @@ _REDUCTIONS = (
         "gradient-dropped", "dead",
         "a family's gradient never arrives: detached, not handed to the optimizer, or zeroed",
         EVERY,
+    ),
+    Cause(
+        "shards-permuted", "altered",
+        "a rank holds another rank's shard than its placement says: a group's ranks in another order",
+        EVERY, shows=lambda s: _maybe(s.stage > 1), alterations=("weights-moved",),
     ),
     Cause(
         "tensors-swapped", "swapped",
@@ -382,6 +388,11 @@ _BACKWARD = (
         "dense-input-gradient-partial", "dense_partial",
         "lanes' parts of a TP-sharded block's input gradient are not summed: 1 / tp in its norm",
         symbol="1/tp", factor=lambda s: 1 / s.tp, shows=_lanes,
+    ),
+    Cause(
+        "dense-output-gradient-summed", "dense_summed",
+        "the sum of lanes' partial outputs also sums their equal gradients: tp in TP-sharded blocks",
+        symbol="tp", factor=lambda s: s.tp, shows=_lanes,
     ),
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from parity import __version__, cli_reports
+from parity import __version__, cli_reports, cli_suite
 from parity.case import (
     DEFAULT_SUITE,
     Case,
@@ -367,12 +367,22 @@ def _resolved(case: Case) -> dict[str, Any]:
 
 
 @main.command()
-@click.argument("selector", metavar="CASE", shell_complete=cli_reports.complete_cases)
+@click.argument(
+    "selector", metavar="CASE", required=False, shell_complete=cli_reports.complete_cases
+)
 @suite_option
 @folder_option
+@click.option("--matrix", is_flag=True, help="Show a suite's axes, cells and coverage instead.")
 @click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
-def show(selector: str, suite: str | None, folder: Path | None, style: str) -> None:
+def show(
+    selector: str | None, suite: str | None, folder: Path | None, matrix: bool, style: str
+) -> None:
     """Show one case with every default, the derived sizes and both rank tables."""
+    if matrix == (selector is not None):
+        raise UsageError("show takes either a case or --matrix (with --suite)")
+    if selector is None:
+        cli_suite.print_matrix(suite, folder, style)
+        return
     cases = select([selector], suite=suite, folder=folder)
     if len(cases) > 1:
         some = ", ".join(case.id for case in cases[:3])
@@ -416,8 +426,14 @@ def report(folder: Path, style: str) -> None:
 
 
 @main.command()
-def schema() -> None:
-    """Print the JSON schema of a case file."""
+@click.option("--format", "style", type=click.Choice(["json", "md"]), default="json")
+def schema(style: str) -> None:
+    """Print the JSON schema of a case file, or the reference page made of it."""
+    if style == "md":
+        from parity.report.reference import page
+
+        click.echo(page(), nl=False)
+        return
     click.echo(json.dumps(file_schema(), indent=2))
 
 

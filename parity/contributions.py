@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity import batches, hypotheses, reference
+from parity import batches, hypotheses, models, reference
 from parity.case import Case
 from parity.collect import Assembled
 from parity.compare import UNIT_ROUNDOFF
@@ -77,16 +77,21 @@ def annotate(
         step, truth = steps[number - 1], steps[number - 1].truth.gradients
         actual = step.gradients.filled
         previous = steps[number - 2].gradients.filled if number > 1 else {}
-        given = {name: t.double() for name, t in step.before.filled.items()}
+        held = {name: t.double() for name, t in step.before.filled.items()}
+        given = initial if number == 1 else held
         details = _experts(bad, actual, truth)
-        _merge(details, _moved_experts(bad, given, initial if number == 1 else given))
+        _merge(details, _moved_experts(bad, held, given))
         _merge(details, _swapped(bad, actual, truth))
         structural = _representatives([r for r in bad if is_structural(r)], truth)
         about = _Regression(case, model, given, seed, number, previous, step.truth.routing)
         _merge(details, about.details(structural, actual))
+        _merge(details, about.paths(rows, actual))
     for row in rows:
         if row.quantity == "loss" and row.verdict == "fail" and case.model.name == "tiny":
-            _merge(details, _altered_losses(row, case, model, steps[(row.step or 1) - 1], seed))
+            number = row.step or 1
+            held = {n: t.double() for n, t in steps[number - 1].before.filled.items()}
+            given = initial if number == 1 else held
+            _merge(details, _altered_losses(row, case, model, given, held, seed))
         if row.quantity == "grad_norm" and row.verdict == "fail" and row.step is not None:
             parts = _norm_parts(steps[row.step - 1].truth.gradients, placements)
             details.setdefault(id(row), {})["parts"] = parts
@@ -104,7 +109,12 @@ def _merge(into: dict[int, dict[str, Any]], more: Mapping[int, dict[str, Any]]) 
 
 
 def _altered_losses(
-    row: Row, case: Case, model: nn.Module, step: StepTensors, seed: int
+    row: Row,
+    case: Case,
+    model: nn.Module,
+    given: Mapping[str, Tensor],
+    held: Mapping[str, Tensor],
+    seed: int,
 ) -> dict[int, dict[str, Any]]:
     """Say which altered forwards have exactly the loss that a run had; none: an empty list."""
     actual = (row.detail or {}).get("actual")
@@ -113,10 +123,12 @@ def _altered_losses(
         return {}
     unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
     drawn = batches.make(case, dp, row.step or 1, seed)
-    given = {name: t.double() for name, t in step.before.filled.items()}
     tolerance = min(SAME_LOSS_U * unit, 0.1 * (row.error or 0.0))
     tp = row.shape["tp"]
     found = hypotheses.matching(case, model, given, drawn, tp, actual, tolerance)
+    if any(not torch.equal(held[name], tensor) for name, tensor in given.items() if name in held):
+        loss = reference.loss(case, model, {**given, **held}, drawn)
+        found += ["weights-moved"] if abs(loss - actual) <= tolerance * abs(actual) else []
     return {id(row): {"loss_of": found}}
 
 
@@ -198,6 +210,34 @@ class _Regression:
                 found[id(row)] = result
         return found
 
+    def paths(
+        self, rows: Sequence[Row], actual: Mapping[str, Tensor]
+    ) -> dict[int, dict[str, Any]]:
+        """Split the gradient of the norm before the last MoE layer over the paths behind it.
+
+        Only where that norm fails by more than a factor, and the layer's router does not.
+        """
+        names = models.moe_names(self.case.model)
+        layer = names[-1].rpartition(".")[0]
+        mine = [
+            r for r in rows
+            if r.quantity == "gradient" and r.step == self.step
+            and str(r.tensor).startswith(f"{layer}.")
+        ]  # fmt: skip
+        norms = [r for r in mine if r.family == "layernorm" and str(r.tensor).endswith("weight")]
+        routed = [r for r in mine if r.family in ("router", "expert")]
+        if self.case.model.name != "tiny" or not norms or not is_structural(norms[-1]):
+            return {}
+        if any(r.verdict == "fail" for r in routed) or norms[-1].verdict != "fail":
+            return {}
+        row, dp = norms[-1], norms[-1].shape["dp"]
+        drawn = batches.make(self.case, dp, self.step, self.seed)
+        name = str(row.tensor)
+        columns = hypotheses.paths(self.case, self.model, self.weights, drawn, name)
+        unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
+        fit = _fit(actual[name].double(), list(columns.values()), unit)
+        return {} if fit is None else {id(row): {"paths": dict(zip(columns, fit, strict=True))}}
+
     def _of(self, row: Row, actual: Tensor, split: reference.Shares) -> dict[str, Any]:
         name = str(row.tensor)
         unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
@@ -216,6 +256,10 @@ class _Regression:
             return {"shares": table, "tokens": split.tokens}
         if own and (found := self._auxiliary(name, actual, main, split, unit)):
             return found
+        if own and row.family == "router" and actual.dim() == 2:
+            counts = self._auxiliary_counts(name, actual, main, unit)
+            if counts:
+                return counts
         if name in self.previous:
             columns = [sum(t for parts in whole for t in parts), self.previous[name].double()]
             fit = _fit(actual, columns, unit)  # type: ignore[arg-type]
@@ -240,6 +284,37 @@ class _Regression:
             if fit is not None:
                 return {"main_and_auxiliary": fit}
         return {}
+
+    def _auxiliary_counts(
+        self, name: str, actual: Tensor, main: list[list[Tensor]], unit: float
+    ) -> dict[str, Any]:
+        """Fit an auxiliary loss with any load: columns d/dW sum_t P_te and d/dW z of each share."""
+        drawn = batches.make(self.case, len(main), self.step, self.seed)
+        inputs = hypotheses.router_inputs(self.model, self.weights, drawn, name)
+        columns = [torch.stack([t for parts in main for t in parts]).sum(0)]
+        for x_TH in inputs:
+            columns += _load_columns(x_TH, self.weights, name, self.case)
+        fit = _fit(actual, columns, unit)
+        if fit is None or abs(fit[0] - 1.0) > 1e-6:
+            return {}
+        return {"auxiliary_counts": True}
+
+
+def _load_columns(
+    x_TH: Tensor, weights: Mapping[str, Tensor], name: str, case: Case
+) -> list[Tensor]:
+    """Differentiate each expert's summed probability, and the z-loss, by a router's weight.
+
+    The last expert is left out: probabilities add up to one, so its column is the others' sum.
+    """
+    weight = weights[name].detach().double().requires_grad_()
+    bias = weights.get(f"{name.removesuffix('weight')}bias")
+    logits_TE = torch.nn.functional.linear(x_TH, weight, bias)
+    probability_TE = models.scores(logits_TE, case.model.score)
+    probability_TE = probability_TE / probability_TE.sum(-1, keepdim=True)
+    parts = list(probability_TE.sum(0)[:-1]) if case.auxiliary.load_balance else []
+    parts += [logits_TE.logsumexp(-1).square().sum()] if case.auxiliary.z_loss else []
+    return [torch.autograd.grad(part, weight, retain_graph=True)[0] for part in parts]
 
 
 def _fit(actual: Tensor, columns: Sequence[Tensor], unit: float) -> list[float] | None:
@@ -337,7 +412,8 @@ def compare_rows(actual_EFH: Tensor, expected_EFH: Tensor) -> dict[str, Any] | N
 
     Returns:
         lost: dimensions missing over all experts. foreign: dimensions too many. from: per expert
-        that has foreign ones, the expert whose tokens they are, -1 where nobody's. moved: experts
+        that has foreign ones, the expert whose tokens they are, -1 where nobody's, None where they
+        are several experts' or cannot be told. moved: experts
         with foreign tokens only. None where spans are full and say nothing.
     """
     spans = [(_span(a), _span(e)) for a, e in zip(actual_EFH, expected_EFH, strict=True)]
@@ -345,7 +421,7 @@ def compare_rows(actual_EFH: Tensor, expected_EFH: Tensor) -> dict[str, Any] | N
     if any(expected.shape[0] >= full or actual.shape[0] >= full for actual, expected in spans):
         return None
     lost = foreign = 0
-    sources: dict[str, int] = {}
+    sources: dict[str, int | None] = {}
     moved: list[int] = []
     for index, (actual, expected) in enumerate(spans):
         extra = _span(actual - actual @ expected.T @ expected, 1e-6)
@@ -358,14 +434,24 @@ def compare_rows(actual_EFH: Tensor, expected_EFH: Tensor) -> dict[str, Any] | N
     return {"lost": lost, "foreign": foreign, "from": sources, "moved": moved}
 
 
-def _source(extra: Tensor, index: int, spans: Sequence[Tensor], own: Tensor) -> int:
+def _source(
+    extra: Tensor, index: int, spans: Sequence[Tensor], own: Tensor
+) -> int | None:
     """Name the expert whose tokens, with the own ones, span the foreign part; -1: nobody."""
     for other, span in enumerate(spans):
-        if other != index and span.shape[0]:
-            both = _span(torch.cat([own, span]))
-            if float((extra - extra @ both.T @ both).norm()) < 1e-6 * math.sqrt(extra.shape[0]):
-                return other
-    return -1
+        if other != index and span.shape[0] and _holds(torch.cat([own, span]), extra):
+            return other
+    every = torch.cat(list(spans))
+    if _span(every).shape[0] == every.shape[1]:
+        return None  # the layer has seen more tokens than there are dimensions
+    return None if _holds(every, extra) else -1
+
+
+def _holds(rows: Tensor, extra: Tensor) -> bool:
+    """Tell whether a space other than the whole one holds some unit vectors."""
+    basis = _span(rows)
+    rest = float((extra - extra @ basis.T @ basis).norm())
+    return basis.shape[0] < rows.shape[1] and rest < 1e-6 * math.sqrt(extra.shape[0])
 
 
 def _span(rows: Tensor, cut: float = _RANK_CUT) -> Tensor:

@@ -54,7 +54,9 @@ class Gate:
 
     def _weights(self, indices_TK: Tensor) -> Tensor:
         """Weigh experts as the gates of Mixtral and Qwen3-MoE do: softmax over all experts."""
-        assert self._softmax and not getattr(self.module, "num_group", None), "not forced here"
+        limited = getattr(self.module, "num_group", None)
+        assert not limited, "a choice limited to groups of experts is not forced"
+        assert self._softmax, "sigmoid scores are not forced"
         weights_TK = self.logits_TE.softmax(-1).gather(-1, indices_TK)
         if getattr(self.module, "norm_topk_prob", True):
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)

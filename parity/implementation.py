@@ -81,7 +81,10 @@ class Implementation(Protocol):
     """A trainer under test. One object is built once and stepped in order.
 
     Optional members (their absence is noted in the results): `replay(routing)`, `fault_points`
-    with `plant(point, transform)`, `taps()`, and `save(path)` / `load(path)`.
+    with `plant(point, transform)`, `taps()`, and `save(path)` / `load(path)`, where load
+    returns notes on what it could not restore exactly (or None), and may be called at another
+    layout. With them `optimizer_state()` -> {parameter: {entry: this rank's part, or a number}} may
+    stand, so that what an update only hints at is compared itself.
     """
 
     def build(self, model: nn.Module, config: Mapping[str, Any], context: RankContext) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from parity import batches, compare, contributions, explain, models, reference, update
+from parity import batches, checkpoint, compare, contributions, explain, models, reference, update
 from parity.case import Case
 from parity.collect import Assembled, agree, assemble
 from parity.compare import RowContext
@@ -27,7 +28,7 @@ from parity.implementation import Placement
 from parity.layout import Layout
 from parity.optimizers import ReferenceOptimizer
 from parity.store import FAILING, Row, engine_of, shape_of
-from parity.trial import Order, Planted, RankResult
+from parity.trial import Checkpoint, Order, Planted, RankResult
 
 MAX_DRAWS = 12
 """Seeds tried before a case whose routing is never safe is given up."""
@@ -85,6 +86,8 @@ class Run:
     taps: list[dict[str, list[Any]]]
     weight_dtype: torch.dtype
     """Of `before` and `after`."""
+    kept: checkpoint.Kept | None = None
+    """What it held at its checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,6 @@ class Judge:
         )
 
     def _compared(self, case: Case, seed: int) -> list[Row]:
-        layout = case.layout
         model = models.build_for(case, seed)
         weights = self._initial(case, model)
         first = self._truth(case, model, weights, 1, seed)
@@ -213,11 +215,13 @@ class Judge:
             replay=self._replay(case, model, weights, first, seed),
         )
         plain = self._baseline(case, model, weights, setting)
-        folded = self._run(case, layout, setting, self.planted)
+        folded, resumed = self._folded(case, setting)
         truths = self._truths_of(case, model, weights, folded, setting)
         self.last = Comparison(case, folded, plain.run, truths)
         rows = self._rows_of(case, folded, truths, setting, model, weights)
         rows += self._against_baseline(case, folded, plain.run)
+        if case.checkpoint is not None:
+            rows += self._resumed_rows(case, folded, resumed, truths, setting, model, weights)
         rows += [replace(row, case=case.id) for row in plain.rows]
         unjudged = min(len(truths), plain.judged_steps) < case.steps
         if unjudged and not any(row.verdict in FAILING for row in rows):
@@ -334,12 +338,75 @@ class Judge:
             self._baselines[key] = _Baseline(run, rows, len(truths))
         return self._baselines[key]
 
+    def _folded(self, case: Case, setting: Setting) -> tuple[Run, Run | None]:
+        """Run folded; with a checkpoint on the way, and its second half again from there."""
+        if case.checkpoint is None:
+            return self._run(case, case.layout, setting, self.planted), None
+        with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+            point = Checkpoint(folder, case.saved_after, loads=False)
+            folded = self._run(case, case.layout, setting, self.planted, point)
+            if folded.kept is None:
+                return folded, None
+            there = Layout(**case.resumed_shape.model_dump())
+            return folded, self._run(case, there, setting, self.planted, replace(point, loads=True))
+
+    def _resumed_rows(
+        self,
+        case: Case,
+        folded: Run,
+        resumed: Run | None,
+        truths: Sequence[reference.Evaluation],
+        setting: Setting,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+    ) -> list[Row]:
+        """Compare what was loaded with what was saved, and judge the steps at another layout.
+
+        Raises:
+            _UnsafeRoutingError: a step there is near a tie, and nothing has failed.
+        """
+        after = case.saved_after
+        if resumed is None or resumed.kept is None or folded.kept is None:
+            about = self._context(case, folded.layout, "reference", after)
+            return [checkpoint.skipped_row(about, "the implementation offers no save and load")]
+        about = self._context(case, resumed.layout, "reference", after)
+        same = resumed.layout == folded.layout
+        ends = None
+        if same and case.engine.backend != "nccl":
+            ends = resumed.steps[-1].after, folded.steps[-1].after
+        rows = checkpoint.checkpoint_rows(about, folded.kept, resumed.kept, ends)
+        if same and ends is None:
+            said = "the steps behind a resume are not compared: NCCL adds in no fixed order"
+            rows.append(checkpoint.skipped_row(about, said))
+        if same or not resumed.steps or len(truths) < after:
+            return rows
+        there = case.model_copy(update={"shape": _shape(case, resumed.layout)})
+        later: list[reference.Evaluation] = []
+        for number, step in enumerate(resumed.steps, start=after + 1):
+            own = {n: t.double() for n, t in step.ran_on.filled.items()}
+            try:
+                later.append(self._truth(there, model, own, number, setting.seed))
+            except _UnsafeRoutingError:
+                if not any(row.verdict in FAILING for row in rows):
+                    raise
+                break
+        # the optimizers of the reference need the steps before, whatever layout they ran at
+        joined = replace(resumed, steps=[*folded.steps[:after], *resumed.steps])
+        known = [*truths[:after], *later]
+        judged = self._rows_of(there, joined, known, setting, model, weights)
+        return rows + [row for row in judged if row.step is not None and row.step > after]
+
     def _run(
-        self, case: Case, layout: Layout, setting: Setting, planted: tuple[Planted, ...] = ()
+        self,
+        case: Case,
+        layout: Layout,
+        setting: Setting,
+        planted: tuple[Planted, ...] = (),
+        point: Checkpoint | None = None,
     ) -> Run:
         order = Order(
             case, self.implementation, layout, setting.seed, setting.lr, setting.clip,
-            replay=setting.replay, planted=planted,
+            replay=setting.replay, planted=planted, checkpoint=point,
         )  # fmt: skip
         if case.engine.backend == "threads":
             results = self.pool.run(1, "parity.threads:run", [order], case.deadline_s)[0]
@@ -536,7 +603,8 @@ def rebuild(case: Case, layout: Layout, results: Sequence[RankResult]) -> Run:
         )
     taps = [result.taps for result in results]
     weights = getattr(torch, results[0].weight_dtype)
-    return Run(layout, placements, steps, results[0].absent, taps, weights)
+    kept = checkpoint.rebuild(layout, placements, results)
+    return Run(layout, placements, steps, results[0].absent, taps, weights, kept)
 
 
 def _tensor(array: Any) -> Tensor | None:

@@ -171,7 +171,7 @@ def auxiliary_loss(
         probability_TE = models.scores(logits_TE, score)
         probability_TE = probability_TE / probability_TE.sum(-1, keepdim=True)
         tokens, experts = logits_TE.shape
-        load_E = torch.bincount(indices_TK.flatten(), minlength=experts).to(DTYPE) / tokens
+        load_E = torch.bincount(indices_TK.flatten(), minlength=experts).to(logits_TE.dtype) / tokens
         balance = experts * (load_E * probability_TE.mean(0)).sum()
         z = logits_TE.logsumexp(-1).square().mean()
         losses.append(spec.load_balance * balance + spec.z_loss * z)

@@ -14,6 +14,7 @@ from typing import Any
 
 from parity.causes import EVERY, REPLICATED, Cause
 from parity.evidence import Observation, layer_of
+from parity.store import Row
 
 Matcher = Callable[[Cause, Observation], bool]
 
@@ -84,7 +85,7 @@ def _wrong_group(_: Cause, o: Observation) -> bool:
 
 
 def _permutation(cause: Cause, o: Observation) -> bool:
-    if o.alterations:
+    if o.alterations and "weights-moved" not in o.alterations:
         return bool(set(cause.alterations) & set(o.alterations))
     return "expert" in o.hit and _is_permuted(o) and not o.detail("shares")
 
@@ -95,13 +96,21 @@ def _swapped(_: Cause, o: Observation) -> bool:
 
 
 def _is_permuted(o: Observation) -> bool:
-    """Most experts hold another's gradient, weights or tokens."""
+    """Every expert holds one expert's gradient or weights, some another's; or others' tokens."""
     for sources in o.detail("experts_from"):
-        moved = [s for e, s in enumerate(sources) if s is not None and s != e]
-        if len(moved) >= 2 and len(moved) * 2 >= len([s for s in sources if s is not None]):
+        moved = [s for e, s in enumerate(sources) if s != e]
+        if len(moved) >= 2 and None not in sources:
             return True
-    spans = o.detail("token_rows")
-    return any(len(found["moved"]) >= 2 and -1 not in found["from"].values() for found in spans)
+    return o.forward_differs and any(_is_exchange(found) for found in o.detail("token_rows"))
+
+
+def _is_exchange(found: Mapping[str, Any]) -> bool:
+    """Experts' tokens went to other experts, one to one: wholly, or two by two in part."""
+    sources = {int(e): source for e, source in found["from"].items()}
+    known = [source for source in sources.values() if source is not None]
+    if len(known) < 2 or -1 in known or len(set(known)) < len(known):
+        return False
+    return len(found["moved"]) >= 2 or set(known) == set(sources)
 
 
 def _sharded_reduced(cause: Cause, o: Observation) -> bool:
@@ -229,6 +238,8 @@ _SHARE_PATTERNS: Mapping[str, Callable[[Observation, Table], bool]] = MappingPro
 
 
 def _auxiliary(cause: Cause, o: Observation) -> bool:
+    if o.detail("auxiliary_counts"):
+        return cause.id == "auxiliary-scope"
     fits = o.detail("main_and_auxiliary")
     if not fits:
         return False
@@ -239,6 +250,8 @@ def _auxiliary(cause: Cause, o: Observation) -> bool:
 
 def _detached(_: Cause, o: Observation) -> bool:
     if not o.backward_only or not o.above_is_right or o.top_state("expert") != "ok":
+        return False
+    if o.detail("auxiliary_counts") or o.detail("paths"):
         return False
     fits = o.detail("main_and_auxiliary")
     if fits:
@@ -257,6 +270,8 @@ def _restore_rows(_: Cause, o: Observation) -> bool:
 def _restore_scaled(cause: Cause, o: Observation) -> bool:
     if not o.backward_only or not o.above_is_right or not o.propagates or o.factor is not None:
         return False
+    if o.setting.lane_varying is not False and _restore_rows(cause, o):
+        return True
     assert cause.factor is not None
     router = o.top_scale("router")
     is_router = o.setting.auxiliary is not False or o.near(router, cause.factor(o.setting))
@@ -267,11 +282,15 @@ def _adjoint(_: Cause, o: Observation) -> bool:
     return (
         o.backward_only and o.above_is_right and o.propagates and o.top_state("router") == "ok"
         and o.top_state("expert") in ("ok", "structural") and o.norm_state == "structural"
+        and not o.detail("paths")
     )  # fmt: skip
 
 
 def _input_partial(_: Cause, o: Observation) -> bool:
-    return _only_below(o) and o.norm_state == "ok" and not _is_dense_partial(o)
+    if not _only_below(o) or o.norm_state != "ok":
+        return False
+    first = _first_wrong(o)
+    return first is not None and o.state(first) == "structural"
 
 
 def _only_below(o: Observation) -> bool:
@@ -280,29 +299,50 @@ def _only_below(o: Observation) -> bool:
     return o.backward_only and o.above_is_right and inside <= {"ok", "absent"} and o.propagates
 
 
+def _first_wrong(o: Observation) -> Row | None:
+    """Give the failing tensor that the backward reaches first in the last MoE layer's block."""
+    rows = [row for row in o.bad("gradient") if layer_of(str(row.tensor)) == o.top]
+    return rows[-1] if rows else None
+
+
+def _paths(o: Observation) -> Mapping[str, float] | None:
+    """How often each path into the last MoE layer counts in the gradient of the norm before it."""
+    found = o.detail("paths")
+    return found[0] if found else None
+
+
 def _input_scaled(cause: Cause, o: Observation) -> bool:
     if not _only_below(o):
         return False
     assert cause.factor is not None
-    scales = [row.scale for row in o.norm_rows]
-    if o.norm_state == "scaled":
-        return all(o.near(scale, cause.factor(o.setting)) for scale in scales)
-    return o.norm_state == "structural" and o.setting.shared is not False
+    factor = cause.factor(o.setting)
+    if (paths := _paths(o)) is not None:
+        routed = _is(o, paths["router"], factor) or _is(o, paths["experts"], factor)
+        return routed and _is(o, paths.get("shared", 1.0), 1.0)
+    return o.norm_state == "scaled" and all(o.near(row.scale, factor) for row in o.norm_rows)
 
 
-def _dense_partial(_: Cause, o: Observation) -> bool:
+def _dense_partial(cause: Cause, o: Observation) -> bool:
     if not _only_below(o):
-        return False  # a shared expert's block shares the norm with the routed experts
-    return _is_dense_partial(o) or (o.norm_state == "structural" and o.setting.shared is not False)
-
-
-def _is_dense_partial(o: Observation) -> bool:
-    """The failing tensor nearest to the loss is a norm, short of a factor tp."""
-    rows = [r for r in o.bad("gradient") if layer_of(str(r.tensor)) == o.top]
-    if not rows or o.norm_state != "ok":
         return False
-    last = rows[-1]
-    return last.family == "layernorm" and o.near(last.scale, 1 / o.setting.tp)
+    assert cause.factor is not None
+    factor = cause.factor(o.setting)
+    if (paths := _paths(o)) is not None:
+        return _is(o, paths.get("shared", 1.0), factor) and _is(o, paths["experts"], 1.0)
+    first = _first_wrong(o)
+    is_norm = first is not None and first.family == "layernorm" and o.norm_state == "ok"
+    return is_norm and first is not None and o.near(first.scale, factor)
+
+
+def _dense_summed(cause: Cause, o: Observation) -> bool:
+    first = _first_wrong(o)
+    if not o.backward_only or not o.above_is_right or not o.propagates or first is None:
+        return False
+    assert cause.factor is not None
+    sharded = first.family in ("dense", "attention", "shared_expert")
+    return sharded and o.near(first.scale, cause.factor(o.setting)) and (
+        o.state(first) == "scaled" and o.top_state("expert") == "ok"
+    )
 
 
 def _forward(o: Observation) -> bool:
@@ -323,7 +363,8 @@ def _spans(o: Observation) -> Mapping[str, Any] | None:
 
 def _altered(cause: Cause, o: Observation) -> bool:
     if o.alterations is not None:
-        return bool(set(cause.alterations) & set(o.alterations))
+        said = bool(set(cause.alterations) & set(o.alterations))
+        return said and not ("weights-moved" in o.alterations and _is_permuted(o))
     spans = _spans(o)
     return _is_bare(o) and o.first_routing is None and (
         spans is None or not (spans["lost"] or spans["foreign"])
@@ -332,15 +373,17 @@ def _altered(cause: Cause, o: Observation) -> bool:
 
 def _rows(_: Cause, o: Observation) -> bool:
     spans = _spans(o)
-    if not _forward(o) or _is_permuted(o):
+    if not _forward(o):
         return False
-    return spans is None or not (spans["foreign"] and -1 in spans["from"].values())
+    return spans is None or (
+        spans["lost"] + spans["foreign"] > 0 and -1 not in spans["from"].values()
+    )
 
 
 def _etp_rows(_: Cause, o: Observation) -> bool:
     spans = _spans(o)
     nobody = spans is not None and -1 in spans["from"].values()
-    return _forward(o) and not nobody and not _is_permuted(o)
+    return _forward(o) and not nobody
 
 
 def _routing(_: Cause, o: Observation) -> bool:
@@ -422,7 +465,8 @@ _MATCHERS: Mapping[str, Matcher] = MappingProxyType({
     "sharded_reduced": _sharded_reduced, "shares": _shares, "auxiliary": _auxiliary,
     "detached": _detached, "restore_rows": _restore_rows, "restore_scaled": _restore_scaled,
     "adjoint": _adjoint, "input_partial": _input_partial, "input_scaled": _input_scaled,
-    "dense_partial": _dense_partial, "altered": _altered, "rows": _rows,
+    "dense_partial": _dense_partial,
+    "dense_summed": _dense_summed, "altered": _altered, "rows": _rows,
     "etp_rows": _etp_rows, "swapped": _swapped,
     "routing": _routing, "routing_lanes": _routing_lanes, "norm_high": _norm_high,
     "norm_low": _norm_low, "clip": _clip, "update": _update, "idle": _idle,

@@ -44,6 +44,17 @@ class Planted:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """Where a run saves, or what it begins from."""
+
+    folder: str
+    after: int
+    """Steps before the save."""
+    loads: bool
+    """Begin there, from a model with other weights, instead of saving there."""
+
+
+@dataclass(frozen=True)
 class Order:
     """What every rank of a gang is told to run."""
 
@@ -58,6 +69,7 @@ class Order:
     """[step][dp rank][micro-batch][layer] -> (T, K) experts to force, or None."""
     planted: tuple[Planted, ...] = ()
     taps: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass
@@ -73,6 +85,16 @@ class StepResult:
 
 
 @dataclass
+class KeptResult:
+    """What one rank held at the checkpoint."""
+
+    parameters: dict[str, Any]
+    state: dict[str, Any]
+    """Optimizer state by `name|key`."""
+    notes: tuple[str, ...]
+
+
+@dataclass
 class RankResult:
     """What one rank hands back."""
 
@@ -83,6 +105,7 @@ class RankResult:
     taps: dict[str, list[Any]]
     weight_dtype: str
     """Of the weights an optimizer step changes: float32 master copies beside a 16-bit model."""
+    kept: KeptResult | None = None
 
 
 def run(runtime: Any, order: Order) -> RankResult:
@@ -93,10 +116,11 @@ def run(runtime: Any, order: Order) -> RankResult:
     implementation = find(order.implementation)()
     for fault in order.planted:
         _plant(implementation, fault)
-    model = models.build_for(case, order.seed)
+    loads = order.checkpoint is not None and order.checkpoint.loads
+    model = models.build_for(case, order.seed + loads)
     implementation.build(model.to(device=runtime.device, dtype=dtype), config(order), context)
     record = implementation.taps(order.taps) if order.taps else {}  # type: ignore[attr-defined]
-    steps = [_step(implementation, order, step, context) for step in range(1, case.steps + 1)]
+    steps, kept = _steps(implementation, order, context)
     weights = {tensor.dtype for tensor in implementation.parameters().values()}
     result = RankResult(
         placements={n: _own(p) for n, p in implementation.placements().items()},
@@ -104,10 +128,50 @@ def run(runtime: Any, order: Order) -> RankResult:
         absent=tuple(name for name in OPTIONAL if not hasattr(implementation, name)),
         taps={name: [_array(t) for t in tensors] for name, tensors in record.items()},
         weight_dtype=str(min(weights, key=lambda kind: kind.itemsize)).removeprefix("torch."),
+        kept=kept,
     )
     if hasattr(implementation, "close"):
         implementation.close()
     return result
+
+
+def _steps(
+    implementation: Implementation, order: Order, context: RankContext
+) -> tuple[list[StepResult], KeptResult | None]:
+    """Run all steps, saving on the way; or load and run those that are left.
+
+    At another layout a routing to be replayed is of other tokens: there only the load is run.
+    """
+    point, last = order.checkpoint, order.case.steps
+    offered = all(hasattr(implementation, name) for name in ("save", "load"))
+    if point is None or not offered:
+        return [_step(implementation, order, step, context) for step in range(1, last + 1)], None
+    first = point.after + 1 if point.loads else 1
+    if point.loads and order.replay is not None and order.layout != order.case.layout:
+        last = point.after
+    kept = None
+    if point.loads:
+        notes = implementation.load(point.folder)  # type: ignore[attr-defined]
+        kept = _kept(implementation, notes)
+    steps = []
+    for step in range(first, last + 1):
+        steps.append(_step(implementation, order, step, context))
+        if step == point.after:
+            implementation.save(point.folder)  # type: ignore[attr-defined]
+            kept = _kept(implementation, None)
+    return steps, kept
+
+
+def _kept(implementation: Implementation, notes: Sequence[str] | None) -> KeptResult:
+    """Copy weights and, where it is shown, optimizer state."""
+    show = getattr(implementation, "optimizer_state", dict)
+    state = {
+        f"{name}|{key}": torch.as_tensor(value)
+        for name, entries in show().items()
+        for key, value in entries.items()
+        if value is not None
+    }
+    return KeptResult(_arrays(implementation.parameters()), _arrays(state), tuple(notes or ()))
 
 
 def _plant(implementation: Implementation, fault: Planted) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import distributed as dist
 from torch._C import _distributed_c10d as c10d
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import STORE_BASED_BARRIER_PREFIX
 from torch.testing._internal.distributed import multi_threaded_pg
 
 from fold_impl.groups import FoldGroups, Group, build_groups
@@ -21,6 +22,8 @@ from fold_impl.layout import FoldLayout
 from parity.threads import ThreadRuntime
 
 T = TypeVar("T")
+LAST = ":last_worker"
+"""End of the key that torch's barrier of a new group waits for."""
 U = 2.0**-53
 """Unit round-off of float64."""
 
@@ -41,7 +44,7 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
             results[rank] = work(ThreadRuntime(rank, world))
         except BaseException as error:  # SystemExit too: it is how the others are released
             errors.append(error)
-            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
+            _release(store)
 
     multi_threaded_pg._install_threaded_pg()
     _isolate_threads(True)
@@ -49,8 +52,11 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
         threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(0.05)
+            if errors:  # a released thread may have gone on to the barrier of the next group
+                _release(store)
     finally:
         multi_threaded_pg.ProcessLocalGroup.reset()
         _isolate_threads(False)
@@ -58,6 +64,26 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
     if errors:
         raise errors[0]
     return results
+
+
+def _release(store: HashStore) -> None:
+    """Wake every thread that waits for a rank which will not come.
+
+    Not `ProcessLocalGroup.exception_handle`: it iterates over a table that other threads change
+    (seen: `dictionary changed size during iteration`), and does not reach those in the store's
+    barrier of a new group, which would wait for 30 minutes.
+    """
+    group = multi_threaded_pg.ProcessLocalGroup
+    group._terminate.set()
+    with group._coll_lock:
+        waiting = list(group._cur_coll_on_pgs.values())
+    for collective in waiting:
+        for condition in (collective._start_cond, collective._done_cond):
+            with condition:
+                condition.notify_all()
+    for key in store.list_keys():
+        if STORE_BASED_BARRIER_PREFIX in key and not key.endswith(LAST):
+            store.set(key + LAST, "1")
 
 
 def _isolate_threads(active: bool) -> None:

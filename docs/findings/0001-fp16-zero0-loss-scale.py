@@ -27,6 +27,7 @@ for scale in (1, 64, 1024):
     for stage in (0, 1):
         config = {
             "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": stage},
             "fp16": {"enabled": True, "loss_scale": scale},

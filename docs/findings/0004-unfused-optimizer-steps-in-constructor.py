@@ -27,7 +27,11 @@ def start(weight_decay):
     """Start an engine with AdamW, lr 0.1."""
     model = Sum()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=weight_decay)
-    config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": True},
+    }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 

@@ -28,6 +28,7 @@ class Two(torch.nn.Module):
 model = Two()
 config = {
     "train_micro_batch_size_per_gpu": 1,
+    "gradient_clipping": 0.0,
     "zero_allow_untested_optimizer": True,
     "zero_optimization": {"stage": 1},
 }

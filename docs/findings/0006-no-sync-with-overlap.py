@@ -26,6 +26,7 @@ class Sum(torch.nn.Module):
 for overlap in (False, True):
     config = {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": 1, "overlap_comm": overlap},
     }

@@ -29,6 +29,7 @@ class Sum(torch.nn.Module):
 for accumulated in ("fp32", "bf16"):
     config = {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": 1},
         "bf16": {"enabled": True},

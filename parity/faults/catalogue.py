@@ -27,7 +27,8 @@ OWN = frozenset(
         "rank-share-doubled", "aux-counted-twice", "aux-tokens-count-lanes", "aux-stale-counts",
         "bucket-last-element", "expert-w1-w3-swapped", "embedding-padding-row", "router-float32",
         "norm-local", "optimizer-state-lost", "optimizer-state-swapped", "decay-ignored",
-        "stale-gradient",
+        "stale-gradient", "decay-coupled", "betas-swapped", "gradient-not-zeroed", "row-dropped",
+        "router-jitter-by-lane",
     }
 )  # fmt: skip
 """Findings of our own; every other fault is a row of the public catalogue."""
@@ -351,6 +352,12 @@ _LAYER = (
         cannot=(Blind("tp == 1", "sum over one lane"),),
     ),
     Fault(
+        "router-jitter-by-lane", "router.logits", "flipped", "routing-differs-between-lanes",
+        "lanes route the same tokens differently", "tp > 1", _options(lanes=(1,), tp="=tp"),
+        imitates="router jitter drawn from each lane's own generator",
+        cannot=(Blind("tp == 1", "there is no second lane"),),
+    ),
+    Fault(
         "ep-group-order", "groups.table", "reordered_table", "expert-permutation",
         "experts permuted", "ep > 1", _options(of="ep"),
         imitates="EP ranks numbered against the order of the process group",
@@ -373,6 +380,11 @@ _LAYER = (
         "r small, the last row of a share", "ragged", _options(lanes_of_group="=tp"),
         imitates="floor where an uneven split needs ceil",
         cannot=(Blind("not ragged", "floor = ceil where tp divides the tokens"),),
+    ),
+    Fault(
+        "row-dropped", "dispatch.rows", "zeroed", "rows-lost-or-shifted",
+        "the last assignment of every share is lost", "top_k > 1", _options(at=-1),
+        imitates="expert capacity that drops what comes last",
     ),
     Fault(
         "rows-rolled", "dispatch.received", "rolled", "rows-lost-or-shifted",
@@ -410,13 +422,13 @@ _LAYER = (
         cannot=(Blind("top_k == 1 and normalize", "w / w = 1 and 1^2 = 1", "False"),),
     ),
     Fault(
-        "combine-weights-flipped", "combine.weights", "flipped", "rows-lost-or-shifted",
+        "combine-weights-flipped", "combine.weights", "flipped", "routing-weights-misplaced",
         "forward differs: weights meet the other expert's row", "top_k > 1",
         imitates="top-k indices sorted, weights not",
         cannot=(Blind("top_k == 1", "a row of one has one order"),),
     ),
     Fault(
-        "weights-renormalized", "router.weights", "renormalized", "unknown",
+        "weights-renormalized", "router.weights", "renormalized", "routing-weights-normalization",
         "forward differs", "not normalize",
         imitates="norm_topk_prob = false not read",
         cannot=(Blind("normalize", "weights that add up to 1 stay as they are", "False"),),
@@ -504,6 +516,12 @@ _ACCUMULATION = (
         cannot=(Blind("gas == 1", "first = last"),),
     ),
     Fault(
+        "gradient-not-zeroed", "reduce.reduced", "Leftover", "gradient-not-zeroed",
+        "second step: the first step's gradient added", "steps > 1",
+        imitates="zero_grad left out, or of other tensors than the optimizer's",
+        cannot=(Blind("steps == 1", "there is no step before"),),
+    ),
+    Fault(
         "rank-share-lost", "reduce.gradient", "scaled", "rank-share-lost",
         "the tokens of one dp rank are missing", "dp > 1",
         _options(factor=0.0, dp_ranks="=(dp - 1,)", tp="=tp"),
@@ -520,7 +538,10 @@ _ACCUMULATION = (
         "router r, ratio ~1", "tp > 1 and aux", _options(factor="=tp"),
         imitates="auxiliary loss attached behind the restore",
         cannot=(Blind("tp == 1", "tp = 1"),),
-        variants=(Variant("1/tp", None, _options(factor="=1/tp")),),
+        variants=(
+            Variant("1/tp", None, _options(factor="=1/tp")),
+            Variant("gas", None, _options(factor="=gas"), needs="gas > 1 and aux"),
+        ),
     ),
     Fault(
         "aux-counted-twice", "auxiliary.loss", "scaled", "auxiliary-scaled",
@@ -557,7 +578,7 @@ _BUCKETS = (
         imitates="bucket split that drops the remainder",
     ),
     Fault(
-        "expert-w1-w3-swapped", "reduce.bucket", "swapped_members", "unknown",
+        "expert-w1-w3-swapped", "reduce.bucket", "swapped_members", "tensors-swapped",
         "w1 and w3: ratio ~1, scale ~0", "True",
         _options(patterns=(r"experts\.w1", r"experts\.w3")),
         imitates="flat bucket unpacked in another order than packed",
@@ -638,9 +659,29 @@ _STEP = (
         cannot=(Blind("steps == 1", "the first step starts without state"),),
     ),
     Fault(
-        "decay-ignored", "step.optimizer", "without_decay", "update-rule-differs",
-        "update only", "decay > 0", imitates="parameter groups rebuilt without their options",
+        "decay-ignored", "step.optimizer", "with_options", "update-rule-differs",
+        "update only", "decay > 0", _options(options={"weight_decay": 0.0}),
+        imitates="parameter groups rebuilt without their options",
         cannot=(Blind("decay == 0", "0 w = 0"),),
+    ),
+    Fault(
+        "decay-coupled", "step.optimizer", "with_options", "update-rule-differs",
+        "update only", "decay > 0 and optimizer == 'adamw'",
+        _options(options={"decoupled_weight_decay": False}),
+        imitates="Adam where AdamW is asked for",
+        cannot=(Blind("decay == 0", "g + 0 w = g"),),
+    ),
+    Fault(
+        "betas-swapped", "step.optimizer", "with_options", "update-rule-differs",
+        "update from the second step on", "steps > 1 and optimizer in ('adam', 'adamw')",
+        _options(options={"betas": (0.95, 0.9)}),
+        imitates="positional optimizer options in another order",
+        cannot=(
+            Blind(
+                "steps == 1 and optimizer == 'adam'", "(1 - b) g / (1 - b^1) = g for every b",
+                "False",
+            ),
+        ),
     ),
     Fault(
         "stale-gradient", "step.gradient", "Stale", "update-rule-differs",

@@ -280,7 +280,8 @@ def markdown(entries: Sequence[Entry], faults: Sequence[Fault]) -> str:
     missed = {n: sum(not e.detectors[n] for e in lines(entries)) for n in DETECTORS}
     total = sum(1 for _ in lines(entries))
     parts += [f"Passed of {total}: " + ", ".join(f"{n} {m}" for n, m in missed.items()) + ".", ""]
-    parts += ["# Faults", "", *_catalogue(faults), ""]
+    parts += ["# Faults", "", *_catalogue(faults), "", "# Invisible by algebra", ""]
+    parts += [*equivalences(faults), ""]
     return "\n".join(parts)
 
 
@@ -302,6 +303,17 @@ def _catalogue(faults: Sequence[Fault]) -> Iterator[str]:
         own = " (own finding)" if fault.id in OWN else ""
         cells = [fault.id, fault.point, fault.signature, f"`{fault.needs}`", fault.imitates + own]
         yield "| " + " | ".join(cells) + " |"
+
+
+def equivalences(faults: Iterable[Fault]) -> Iterator[str]:
+    """Give the table of where algebra says that a fault changes nothing."""
+    bits = {"True": "everywhere there", "False": "no: another order of rounding"}
+    yield "| fault | invisible where | because | equal to the bit |"
+    yield "|---|---|---|---|"
+    for fault in faults:
+        for blind in fault.cannot:
+            exact = bits.get(blind.exact, f"where `{blind.exact}`")
+            yield f"| {fault.id} | `{blind.when}` | {blind.algebra} | {exact} |"
 
 
 def listing(faults: Sequence[Fault]) -> str:

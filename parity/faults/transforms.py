@@ -131,6 +131,8 @@ def renormalized(value: Tensor, **_: Any) -> Tensor:
 @_selective
 def zeroed(value: Tensor, *, at: int, **_: Any) -> Tensor:
     """Put zeros at one index of dimension 0."""
+    if value.shape[0] == 0:
+        return value
     value = value.clone()
     value[at] = 0
     return value
@@ -220,6 +222,19 @@ class Stale:
         before = self._kept.get(key, value)
         self._kept[key] = value.clone() if isinstance(value, Tensor) else value
         return before
+
+
+class Leftover:
+    """Add the value that passed before to the one that passes now, by parameter."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Tensor] = {}
+
+    def __call__(self, value: Tensor, **context: Any) -> Tensor:
+        """Give the running sum and keep it."""
+        total = value + self._kept.get(context["name"], 0.0)
+        self._kept[context["name"]] = total.clone()
+        return total
 
 
 # ---------------------------------------------------------------- rules and tables
@@ -419,8 +434,10 @@ def with_swapped_state(optimizer: torch.optim.Optimizer, **_: Any) -> torch.opti
 
 
 @_selective
-def without_decay(optimizer: torch.optim.Optimizer, **_: Any) -> torch.optim.Optimizer:
-    """Update without weight decay."""
+def with_options(
+    optimizer: torch.optim.Optimizer, *, options: Mapping[str, Any], **_: Any
+) -> torch.optim.Optimizer:
+    """Update with other options in every parameter group."""
     for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0
+        group.update(options)
     return optimizer

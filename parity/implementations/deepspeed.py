@@ -34,7 +34,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -188,9 +188,7 @@ def joined(parts: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     return made
 
 
-def placement_of(
-    name: str, local: Sequence[int], full: Sequence[int], layout: Layout
-) -> Placement:
+def placement_of(name: str, local: Sequence[int], full: Sequence[int], layout: Layout) -> Placement:
     """Read the cut of a parameter off its shapes.
 
     Raises:
@@ -202,10 +200,13 @@ def placement_of(
         whole_experts = family == "expert" and layout.ep > 1
         assert not whole_experts, f"{name}: every rank holds all experts, ep = {layout.ep}"
         return Placement(family)
-    axis, size = ("ep", layout.ep) if family == "expert" else ("tp", layout.tp)
+    axis: Literal["ep", "tp"] = "ep" if family == "expert" else "tp"
+    size = layout.ep if axis == "ep" else layout.tp
     text = f"{name}: a piece of {tuple(local)} out of {tuple(full)} is no cut over {axis} = {size}"
-    assert len(cut) == 1 and local[cut[0]] * size == full[cut[0]], text
-    return Placement(family, (Shard(axis, cut[0]),))  # type: ignore[arg-type]
+    (dim, *others) = cut
+    assert not others, text
+    assert local[dim] * size == full[dim], text
+    return Placement(family, (Shard(axis, dim),))
 
 
 # ---------------------------------------------------------------- the implementation
@@ -463,4 +464,4 @@ def _refusals(*kinds: type[Exception]) -> Iterator[None]:
 def _from_deepspeed(error: BaseException) -> bool:
     """Tell whether DeepSpeed raised it, or pydantic on behalf of its config."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and not {"deepspeed", "pydantic"}.isdisjoint(Path(frames[-1].filename).parts)
+    return not {"deepspeed", "pydantic"}.isdisjoint(Path(frames[-1].filename).parts)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_by_torch
 
 from fold_impl import archive, checkpoint
 from fold_impl.archive import CheckpointError
@@ -88,7 +88,7 @@ def build(
     config = FoldConfig.from_dict(
         fold_config(fold, optimizer, MICRO_BATCHES // dp), world_size=fold[0]
     )
-    engine = build_engine(
+    engine: NativeEngine = build_engine(
         model or full_model(seed), config, runtime.rank, new_group=runtime.new_group
     )
     if schedule:
@@ -161,7 +161,8 @@ def assert_equal_value(actual: object, expected: object, where: str) -> None:
         assert (actual.dtype, actual.device) == (expected.dtype, expected.device), where
         assert torch.equal(actual, expected), where
     else:
-        assert actual == expected and type(actual) is type(expected), where
+        assert actual == expected, where
+        assert type(actual) is type(expected), where
 
 
 def saved_run(
@@ -335,7 +336,8 @@ def alone(
         raise AssertionError(ranks)
 
     config = FoldConfig.from_dict(fold_config((1, 1, 1, 1), optimizer, MICRO_BATCHES), world_size=1)
-    engine = build_engine(full_model(seed, **fields), config, 0, new_group=no_group)
+    whole = full_model(seed, **fields)
+    engine: NativeEngine = build_engine(whole, config, 0, new_group=no_group)
     if schedule:
         engine.lr_scheduler = scheduler_of(engine.optimizer)
     return engine
@@ -668,7 +670,7 @@ def test_torch_s_own_reader_reads_the_shards(tmp_path: Path) -> None:
     found = {name: torch.full_like(tensor, -1.0) for name, tensor in expected.items()}
     reader = HuggingFaceStorageReader(str(tmp_path / "global_step0" / "model"))
     with pytest.warns(UserWarning, match="assuming the intent is to load in a single process"):
-        dcp.load(found, storage_reader=reader, no_dist=True)
+        load_by_torch(found, storage_reader=reader, no_dist=True)
     assert_same_tensors(found, expected)
 
 
@@ -678,9 +680,10 @@ def test_torch_s_own_reader_reads_the_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_an_export_loads_into_the_original_model(tmp_path: Path, tied: bool) -> None:
     """Split over several files or not, every name is there, tied ones too, bit for bit."""
-    engine = alone(**{"model.tied": tied})
+    fields: dict[str, Any] = {"model.tied": tied}
+    engine = alone(**fields)
     engine.save_checkpoint(tmp_path / "run")
-    expected = full_model(**{"model.tied": tied}).state_dict()
+    expected = full_model(**fields).state_dict()
     single = checkpoint.export(tmp_path / "run", tmp_path / "single")
     assert_same_tensors(load_file(single / "model.safetensors"), expected)
     split = checkpoint.export(tmp_path / "run", tmp_path / "split", shard_bytes=100_000)
@@ -690,7 +693,7 @@ def test_an_export_loads_into_the_original_model(tmp_path: Path, tied: bool) -> 
     parts = [load_file(split / file) for file in files]
     merged = {name: tensor for part in parts for name, tensor in part.items()}
     assert listed["metadata"]["total_size"] == sum(t.nbytes for t in merged.values())
-    other = full_model(seed=9, **{"model.tied": tied})
+    other = full_model(seed=9, **fields)
     other.load_state_dict(merged)
     assert_same_tensors(other.state_dict(), expected)
 

@@ -267,6 +267,12 @@ def assert_equivalent(one: Any, other: Any, *, exact: bool, where: str) -> None:
                 assert apart <= FACTOR * UNIT_ROUNDOFF[torch.float64] * size, (where, kind, name)
 
 
+def test_the_page_lists_every_equivalence() -> None:
+    """docs/faults.md holds the table as the catalogue gives it."""
+    text = (FILE.parents[1] / "docs" / "faults.md").read_text(encoding="utf-8")
+    assert "\n".join(runs.equivalences(FAULTS)) in text
+
+
 # ---------------------------------------------------------------- what is written
 
 

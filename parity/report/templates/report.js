@@ -119,7 +119,7 @@
     const svg = node("svg:svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group",
       "aria-label": `${words.stage[stage]}: arrow keys move, Enter shows the cells` });
     svg.append(node("svg:defs", {}, node("svg:pattern", { id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
-      node("svg:rect", { width: 6, height: 6, fill: "var(--raised)" }), node("svg:rect", { width: 2, height: 6, fill: "var(--skipped)" }))));
+      node("svg:rect", { width: 6, height: 6, fill: "var(--raised)" }), node("svg:rect", { width: 2, height: 6, fill: "var(--line)" }))));
     families.forEach((family, column) => svg.append(node("svg:text", { class: "soft", x: LEFT + WIDE * column + WIDE / 2 - 2, y: 16, "text-anchor": "middle" }, words.family[family])));
     let line = 0;
     for (const shape of [...shapes.keys()].sort((a, b) => a - b)) {
@@ -148,7 +148,7 @@
   function legend() {
     const swatch = (fill, text) => node("span", {}, node("i", { style: `background:${fill}` }), text);
     $("legend").replaceChildren(
-      swatch("linear-gradient(90deg, var(--pass-low), var(--pass-high))", "pass: share of the allowed error, pale = far from it"),
+      swatch("linear-gradient(90deg, var(--pass-low), var(--pass-high))", "pass: share of the allowed error, the stronger the nearer"),
       swatch("var(--fail)", "fail: the scale farthest from 1"), swatch("var(--leak)", "leak of precision"),
       swatch("var(--error)", "error"), swatch("var(--skipped)", "skipped"));
   }
@@ -280,18 +280,19 @@
     const letterOf = new Map();
     bad.classes.forEach((group, number) => group.forEach((rank) => letterOf.set(rank, number)));
     const count = Math.max(world ?? 0, ...letterOf.keys()) + (letterOf.size && Math.max(...letterOf.keys()) >= (world ?? 0) ? 1 : 0);
-    const tints = ["var(--pass-high)", "var(--fail)", "var(--leak)", "var(--error)", "var(--skipped)"];
+    const tints = ["var(--pass-low)", "var(--fail)", "var(--leak)", "var(--error)", "var(--skipped)"];
     const width = 44 * Math.min(count, 8), height = 44 * Math.ceil(count / 8);
     const svg = node("svg:svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
       "aria-label": `replicas: ${bad.classes.map((group, i) => `${letter(i)}: ranks ${group.join(" ")}`).join("; ")}` });
     for (let rank = 0; rank < count; rank += 1) {
       const x = 44 * (rank % 8), y = 44 * Math.floor(rank / 8), number = letterOf.get(rank);
       svg.append(node("svg:rect", { x, y, width: 40, height: 40, rx: 4, fill: number === undefined ? "var(--raised)" : tints[number % tints.length] }),
-        node("svg:text", { x: x + 20, y: y + 17, "text-anchor": "middle", style: number === undefined ? "" : "fill:var(--on)" }, String(rank)),
-        node("svg:text", { x: x + 20, y: y + 32, "text-anchor": "middle", style: number === undefined ? "" : "fill:var(--on)" }, number === undefined ? "" : letter(number)));
+        node("svg:text", { x: x + 20, y: y + 17, "text-anchor": "middle", style: ink(number) }, String(rank)),
+        node("svg:text", { x: x + 20, y: y + 32, "text-anchor": "middle", style: ink(number) }, number === undefined ? "" : letter(number)));
     }
     return node("figure", {}, node("figcaption", {}, `ranks that agree, ${bad.tensor ?? ""}${bad.distance ? `, distance ${small(bad.distance)}` : ""}`), svg);
   }
+  const ink = (number) => number === undefined ? "" : number % 5 ? "fill:var(--on)" : "fill:var(--pass-ink)";
   const letter = (number) => String.fromCharCode(65 + number % 26);
   function metrics(cell) {
     const head = ["quantity", "family", "run", "against", "scale", "ratio", "error", "allowed", "residual", "tensor", "step", "worst at", "rows", "verdict"];
@@ -315,12 +316,16 @@
     drawMaps(found);
     drawTable(found);
   }
-  form.addEventListener("input", () => {
+  function read() {
+    const before = JSON.stringify(filter);
     for (const name of Object.keys(filter)) filter[name] = form.elements[name].value;
+    if (JSON.stringify(filter) === before) return;
     place = null; limit = ROWS; draw();
-  });
+  }
+  form.addEventListener("input", read);
+  form.addEventListener("change", read);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => setTimeout(() => form.dispatchEvent(new Event("input"))));
+  form.addEventListener("reset", () => setTimeout(read));
   legend();
   draw();
   const wanted = decodeURIComponent(location.hash.replace(/^#cell=/, ""));

@@ -43,6 +43,10 @@ class FoldImplementation:
     def step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[float]:
         """Accumulate the micro-batches and update once."""
         engine, losses = self._engine, []
+        gas = engine.gradient_accumulation_steps()
+        assert len(micro_batches) == gas, (
+            f"a step has {gas} micro-batches, not {len(micro_batches)}"
+        )
         self._routing = []
         for index, batch in enumerate(micro_batches):
             self._force(index)
@@ -129,7 +133,9 @@ class FoldImplementation:
 
 
 def _recorder(record: list[Tensor]) -> Transform:
-    def watch(value: Tensor, **_: Any) -> Tensor:
+    def watch(value: Any, **_: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value  # a rule, a function or a number passes here
         record.append(value.detach().clone())
         return value
 

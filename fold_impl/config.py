@@ -169,7 +169,6 @@ class FoldConfig:
     preset_model: str | None = None
     preset: Mapping[str, Any] | None = None
     """Inline description of a model's MoE blocks, for models without a preset name."""
-    partition_config: Mapping[str, Any] | None = None
     load_balance_coef: float = 0.0
     z_loss_coef: float = 0.0
     coalesce_grad_reduction: bool = False
@@ -279,10 +278,12 @@ def _read_parallel(top: Section) -> tuple[dict[str, int], dict[str, Any]]:
         "tp_size": tensor.take("autotp_size", POSITIVE, 1),
         **_expert_sizes(expert),
     }
-    partition_config = tensor.take("partition_config", optional(TABLE), None)
+    if (given := tensor.take("partition_config", optional(TABLE), None)) is not None:
+        allowed = "a preset, or folding.preset with column and row"
+        raise Unsupported("not supported", tensor.at("partition_config"), given, allowed)
     for section in (tensor, expert, pipeline):
         section.close()
-    return sizes, {"preset_model": ep_preset or tp_preset, "partition_config": partition_config}
+    return sizes, {"preset_model": ep_preset or tp_preset}
 
 
 def _expert_sizes(expert: Section) -> dict[str, int]:
@@ -429,9 +430,7 @@ def _refuse_not_yet(config: Mapping[str, Any]) -> None:
             raise Unsupported("not supported with folding yet", dotted, value, off)
 
 
-def _refuse_paths(
-    config: Mapping[str, Any], layout: FoldLayout, fields: Mapping[str, Any]
-) -> None:
+def _refuse_paths(config: Mapping[str, Any], layout: FoldLayout, fields: Mapping[str, Any]) -> None:
     """Refuse combinations on which DeepSpeed's engine is wrong or does not exist."""
     stage, model = fields["zero_stage"], PRECISIONS[fields["dtype"]]
     key = "data_types.grad_accum_dtype"
@@ -451,8 +450,10 @@ def _refuse_paths(
     contiguous = (config.get("zero_optimization") or {}).get("contiguous_gradients", True)
     sharded = max(layout.tp_size, layout.ep_size * layout.etp_size) > 1
     if not contiguous and (stage == 2 or (stage == 1 and sharded and not whole)):
-        problem = "DeepSpeed averages gradients of different shards" if stage == 1 else (
-            "DeepSpeed has no ZeRO-2 without contiguous gradients"
+        problem = (
+            "DeepSpeed averages gradients of different shards"
+            if stage == 1
+            else ("DeepSpeed has no ZeRO-2 without contiguous gradients")
         )
         raise Unsupported(problem, "zero_optimization.contiguous_gradients", False, [True])
 

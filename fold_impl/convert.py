@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from fold_impl.checks import SIZE_KEYS, check, moe_blocks
+from fold_impl.checks import ends_with as _ends
 from fold_impl.config import ConfigError
 from fold_impl.dispatch import scatter_share
 from fold_impl.experts import ExpertNames, RoutedExperts
@@ -52,19 +54,10 @@ def fold(
     Raises:
         ConfigError: no MoE block, or a size does not divide.
     """
+    check(model, preset, groups.layout)
     cuts: dict[str, tuple[Shard, ...]] = {}
     kinds: dict[str, Family] = {}
-    blocks = [
-        name
-        for name, module in model.named_modules()
-        if re.fullmatch(preset.moe, name) and hasattr(module, preset.experts)
-    ]
-    if not blocks:
-        problem = f"no module of {type(model).__name__} is a MoE block by"
-        allowed = "a model with MoE blocks, or the preset of this model"
-        raise ConfigError(problem, "folding.preset.moe", preset.moe, allowed)
-    _check_attention(model, preset, groups)
-    for layer, name in enumerate(blocks):
+    for layer, name in enumerate(moe_blocks(model, preset)):
         block = model.get_submodule(name)
         folded = _fold_block(name, block, preset, groups, auxiliary, points, layer, cuts)
         _replace(model, name, folded)
@@ -123,8 +116,6 @@ def _fold_block(
     shared = block.get_submodule(preset.shared_experts) if preset.shared_experts else None
     if preset.top_k is not None:
         router = Router(router.get_parameter("weight"), getattr(router, "bias", None))
-    if getattr(block, "jitter_noise", 0.0):
-        raise ConfigError("not supported", f"{name}.jitter_noise", block.jitter_noise, [0.0])
     return FoldedMoE(
         router=router,
         experts=RoutedExperts(names, local, getattr(experts, "act_fn", nn.functional.silu)),
@@ -227,24 +218,6 @@ def _tail(model: nn.Module, name: str, preset: Preset) -> int:
     return 0
 
 
-def _check_attention(model: nn.Module, preset: Preset, groups: FoldGroups) -> None:
-    """Refuse head counts that the lanes cannot share; an even cut may still split a head."""
-    for name, module in model.named_modules():
-        sizes = getattr(module, "config", None)
-        if not re.fullmatch(preset.attention, name) or sizes is None:
-            continue
-        for key in ("num_attention_heads", "num_key_value_heads"):
-            heads = getattr(sizes, key, groups.tp.size)
-            if heads % groups.tp.size:
-                fitting = [d for d in range(1, heads + 1) if heads % d == 0]
-                problem = f"does not divide {key} = {heads} of {name}"
-                raise ConfigError(problem, _SIZE_KEYS["tp"], groups.tp.size, fitting)
-
-
-def _ends(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(re.search(rf"(^|\.)(?:{pattern})$", name) for pattern in patterns)
-
-
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent) if parent else model, leaf, new)
@@ -276,17 +249,10 @@ def cut(tensor: Tensor, shard: Shard, group: Group, name: str) -> Tensor:
         divisors = [d for d in range(1, size + 1) if size % (d * shard.segments) == 0]
         raise ConfigError(
             f"does not divide dimension {shard.dim} = {size} of {name}",
-            _SIZE_KEYS[shard.axis],
+            SIZE_KEYS[shard.axis],
             group.size,
             divisors,
         )
     blocks: Tensor = tensor.unflatten(shard.dim, (shard.segments, group.size, -1))
     part: Tensor = blocks.select(shard.dim + 1, group.index)
     return part.flatten(shard.dim, shard.dim + 1)
-
-
-_SIZE_KEYS = {
-    "tp": "tensor_parallel.autotp_size",
-    "ep": "expert_parallel.autoep_size",
-    "etp": "expert_parallel.expert_tensor_parallel_size",
-}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fold_impl import checkpoint, states
+from fold_impl.checks import check
 from fold_impl.config import ConfigError, FoldConfig
 from fold_impl.convert import fold
 from fold_impl.families import FoldedParameter
@@ -24,7 +25,7 @@ from fold_impl.groups import FoldGroups, NewGroup, build_groups
 from fold_impl.moe import FoldedMoE
 from fold_impl.optimizers import make_optimizer
 from fold_impl.points import Points
-from fold_impl.presets import find_preset
+from fold_impl.presets import Preset, find_preset
 from fold_impl.reduce import clip_coefficient, global_norm, reduce_gradients
 from fold_impl.router import AuxiliaryOptions
 
@@ -52,6 +53,10 @@ class NativeEngine:
         self.micro_steps = self.global_steps = 0
         self._norm: float | None = None
         self._reduced = False
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._trained = [
+            p for p in parameters if p.parameter.requires_grad and id(p.parameter) in held
+        ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
@@ -86,7 +91,15 @@ class NativeEngine:
         return self
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of loss / gas to what the step has accumulated."""
+        """Add the gradient of loss / gas to what the step has accumulated.
+
+        Several losses of one micro-batch may come one after another.
+
+        Raises:
+            RuntimeError: the step's gradients are reduced already.
+        """
+        if self._reduced:
+            raise RuntimeError("backward() after allreduce_gradients(): call step() first")
         gas = self.gradient_accumulation_steps()
         micro_batch = self.micro_steps % gas
         self.points("batch.loss", loss / gas, micro_batch=micro_batch, gas=gas).backward()
@@ -98,17 +111,12 @@ class NativeEngine:
                 micro_batch=micro_batch,
                 gas=gas,
             )
-        self._reduced = False
-        due = self.is_gradient_accumulation_boundary()
-        if self.points("reduce.due", due, micro_batch=micro_batch, gas=gas):
-            self.allreduce_gradients()
 
     def allreduce_gradients(self) -> None:
         """Reduce the accumulated gradients; `step` does so where it has not been done."""
         if not self._reduced:
-            reduce_gradients(
-                self.folded_parameters, self.groups, self.points, self.config.bucket_numel
-            )
+            trained, size = self._trained, self.config.bucket_numel
+            reduce_gradients(trained, self.groups, self.points, size)
             self._reduced = True
 
     def step(self) -> None:
@@ -116,21 +124,29 @@ class NativeEngine:
 
         Collective at the boundary: every rank of the stage.
         """
-        if self.is_gradient_accumulation_boundary():
+        gas = self.gradient_accumulation_steps()
+        ends = self.is_gradient_accumulation_boundary()
+        if self.points("reduce.due", ends, micro_batch=self.micro_steps % gas, gas=gas):
             self.allreduce_gradients()
-            self._norm = global_norm(self.folded_parameters, self.groups, self.points)
+        if ends:
+            self._norm = global_norm(self._trained, self.groups, self.points)
             actions: dict[str, Callable[[], object]] = {
                 "clip": self._clip,
                 "update": self._update,
             }
             for action in self.points("step.order", ("clip", "update")):
                 actions[action]()
-            self.optimizer.zero_grad(set_to_none=True)
-            self._reduced = False
+            self._forget_gradients()
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
             self.global_steps += 1
+        self._reduced = False
         self.micro_steps += 1
+
+    def _forget_gradients(self) -> None:
+        """Drop all gradients, those of parameters the optimizer does not train too."""
+        for member in self.folded_parameters:
+            member.parameter.grad = None
 
     def _clip(self) -> None:
         assert self._norm is not None
@@ -139,11 +155,11 @@ class NativeEngine:
             "clip.coefficient", clip_coefficient(self._norm, limit), norm=self._norm, limit=limit
         )
         if coefficient != 1.0:
-            gradients = [p.parameter.grad for p in self.folded_parameters]
+            gradients = [p.parameter.grad for p in self._trained]
             torch._foreach_mul_([g for g in gradients if g is not None], coefficient)
 
     def _update(self) -> None:
-        for member in self.folded_parameters:
+        for member in self._trained:
             member.parameter.grad = self.points(
                 "step.gradient", member.parameter.grad, name=member.name, family=member.family
             )
@@ -244,7 +260,7 @@ class NativeEngine:
         same = state["gas"] == gas
         self.micro_steps = state["micro_steps"] if same else self.global_steps * gas
         states.load_trainer_state(self.optimizer, self.lr_scheduler, state)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         self._norm, self._reduced = None, False
 
 
@@ -264,7 +280,7 @@ def initialize(
         optimizer: optimizer over the model's parameters without state, or None to make the one
             of the config.
         model_parameters: parameters or parameter groups to train; default: all.
-        lr_scheduler: stepped once per optimizer step.
+        lr_scheduler: stepped once per optimizer step; or a callable that makes it of the optimizer.
 
     Returns:
         (engine, optimizer, None, lr_scheduler), as `deepspeed.initialize` does.
@@ -273,7 +289,8 @@ def initialize(
         ConfigError: anything that cannot be run as asked, on every rank alike, before a process
             group exists.
     """
-    parsed = FoldConfig.from_dict(dict(config), world_size=_world_size())
+    parsed = FoldConfig.from_dict(config, world_size=_world_size())
+    _check(model, parsed, optimizer, lr_scheduler)
     _join_world(parsed)
     rank = dist.get_rank() if dist.is_initialized() else 0
     engine = build_engine(
@@ -299,10 +316,8 @@ def build_engine(
         `NativeEngine`, or `fold_impl.zero.ZeroEngine` where the config asks for DeepSpeed's.
     """
     points = points or Points()
-    preset = find_preset(config.preset_model, config.preset)
+    preset = _check(model, config, optimizer, lr_scheduler)
     zero = _zero(config)
-    if zero is not None:
-        zero.check(model, config, optimizer, lr_scheduler)
     before = dict(model.named_parameters())
     groups = build_groups(config.layout, rank, new_group, points)
     auxiliary = AuxiliaryOptions(config.load_balance_coef, config.z_loss_coef, config.aux_scope)
@@ -311,15 +326,31 @@ def build_engine(
     if optimizer is not None:
         _adopt(optimizer, new)
     else:
-        chosen = _renewed(model_parameters, new) or [p.parameter for p in parameters]
-        if config.optimizer is None:
-            raise ConfigError("missing", "optimizer", None, "a section, or an optimizer object")
+        trainable = [p.parameter for p in parameters if p.parameter.requires_grad]
+        chosen = _renewed(model_parameters, new) or trainable
+        assert config.optimizer is not None, "checked before"
         optimizer = make_optimizer(config.optimizer, chosen)
     if zero is not None:
         return zero.build_zero_engine(
             model, parameters, groups, config, optimizer, lr_scheduler, new_group, points
         )
+    if callable(lr_scheduler) and not hasattr(lr_scheduler, "step"):
+        lr_scheduler = lr_scheduler(optimizer)
     return NativeEngine(model, parameters, groups, config, optimizer, lr_scheduler, points)
+
+
+def _check(model: nn.Module, config: FoldConfig, optimizer: Any, lr_scheduler: Any) -> Preset:
+    """Make every refusal, before a process group exists or the model is touched."""
+    preset = find_preset(config.preset_model, config.preset)
+    check(model, preset, config.layout)
+    if optimizer is None and config.optimizer is None:
+        raise ConfigError("missing", "optimizer", None, "a section, or an optimizer object")
+    if getattr(optimizer, "state", None):
+        kind = type(optimizer).__name__
+        raise ConfigError("has state of the full model", "optimizer", kind, "a new optimizer")
+    if (zero := _zero(config)) is not None:
+        zero.check(model, config, optimizer, lr_scheduler)
+    return preset
 
 
 def _zero(config: FoldConfig) -> Any:
@@ -329,8 +360,6 @@ def _zero(config: FoldConfig) -> Any:
 
 def _adopt(optimizer: torch.optim.Optimizer, new: Mapping[int, nn.Parameter]) -> None:
     """Point an optimizer made for the full model at this rank's parts."""
-    if optimizer.state:
-        raise ConfigError("has state of the full model", "optimizer", type(optimizer), "a new one")
     for group in optimizer.param_groups:
         group["params"] = [new.get(id(p), p) for p in group["params"]]
 
@@ -338,12 +367,16 @@ def _adopt(optimizer: torch.optim.Optimizer, new: Mapping[int, nn.Parameter]) ->
 def _renewed(parameters: Iterable[Any] | None, new: Mapping[int, nn.Parameter]) -> list[Any] | None:
     if parameters is None:
         return None
-    return [
-        {**p, "params": [new.get(id(q), q) for q in p["params"]]}
-        if isinstance(p, dict)
-        else new.get(id(p), p)
-        for p in parameters
-    ]
+
+    def part(entry: Any) -> Any:
+        """Give this rank's part of a parameter, a (name, parameter) pair or a group of them."""
+        if isinstance(entry, dict):
+            return {**entry, "params": [part(p) for p in entry["params"]]}
+        if isinstance(entry, tuple):
+            entry = entry[1]
+        return new.get(id(entry), entry)
+
+    return [part(entry) for entry in parameters]
 
 
 def _join_world(config: FoldConfig) -> None:

@@ -29,23 +29,23 @@ class RoutedExperts(nn.Module):
         activation: Callable[[Tensor], Tensor] = F.silu,
     ) -> None:
         super().__init__()
-        self.names, self.activation = names, activation
+        self._names, self._activation = names, activation
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
 
     def forward(self, x_NH: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert l to its counts[l] consecutive rows."""
-        gate_up = self.gate_up()
-        down = self.get_parameter(self.names.down)
+        gate_up = self._fused()
+        down = self.get_parameter(self._names.down)
         if x_NH.is_cuda and x_NH.dtype == torch.bfloat16 and _aligned(gate_up, down):
             return self._grouped(x_NH, gate_up, down, counts)
         return self._looped(x_NH, gate_up, down, counts)
 
-    def gate_up(self) -> Tensor:
+    def _fused(self) -> Tensor:
         """Give the fused (L, 2F, H) weight, gate rows first."""
-        if self.names.up is None:
-            return self.get_parameter(self.names.gate)
-        gate, up = (self.get_parameter(name) for name in (self.names.gate, self.names.up))
+        if self._names.up is None:
+            return self.get_parameter(self._names.gate)
+        gate, up = (self.get_parameter(name) for name in (self._names.gate, self._names.up))
         return torch.cat((gate, up), dim=1)
 
     def _looped(self, x_NH: Tensor, gate_up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:
@@ -53,7 +53,7 @@ class RoutedExperts(nn.Module):
         weights = zip(gate_up.unbind(0), down.unbind(0), strict=True)
         for x, (w13, w2) in zip(x_NH.split(list(counts)), weights, strict=True):
             gate, up = F.linear(x, w13).chunk(2, dim=-1)
-            rows.append(F.linear(self.activation(gate) * up, w2))
+            rows.append(F.linear(self._activation(gate) * up, w2))
         return torch.cat(rows)
 
     def _grouped(
@@ -62,7 +62,7 @@ class RoutedExperts(nn.Module):
         ends = torch.tensor(counts, device=x_NH.device).cumsum(0).to(torch.int32)
         hidden = torch._grouped_mm(x_NH, gate_up.transpose(-2, -1), offs=ends)
         gate, up = hidden.chunk(2, dim=-1)
-        return torch._grouped_mm(self.activation(gate) * up, down.transpose(-2, -1), offs=ends)
+        return torch._grouped_mm(self._activation(gate) * up, down.transpose(-2, -1), offs=ends)
 
 
 def _aligned(*weights: Tensor) -> bool:

@@ -43,8 +43,8 @@ class Journey:
 class FoldedMoE(nn.Module):
     """Drop-in replacement of a MoE block on folded ranks.
 
-    After a forward, `choice` holds the routing of all T tokens and `auxiliary` this micro-batch's
-    auxiliary loss (a scalar tensor, or 0.0).
+    After a forward, `indices_TK` holds the experts of all T tokens and `auxiliary` this
+    micro-batch's auxiliary loss (a scalar tensor, or 0.0).
     """
 
     def __init__(

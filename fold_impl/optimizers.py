@@ -24,7 +24,7 @@ class Lion(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor],
-        lr: float = 1e-4,
+        lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ) -> None:
@@ -47,6 +47,13 @@ class Lion(torch.optim.Optimizer):
 
 
 _DEEPSPEED_ONLY = ("adam_w_mode", "torch_adam")
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "SGD": {},
+    "Adam": {"weight_decay": 0.0},
+    "AdamW": {"weight_decay": 0.0},
+    "Lion": {},
+}
+"""Where DeepSpeed's defaults differ from torch's, a config means DeepSpeed's."""
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[Any]) -> torch.optim.Optimizer:
@@ -62,9 +69,10 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[Any]) -> torch.
         "AdamW": adam,
         "Lion": Lion,
     }
-    options = {k: v for k, v in config.params.items() if k not in _DEEPSPEED_ONLY}
+    given = {k: v for k, v in config.params.items() if k not in _DEEPSPEED_ONLY}
+    options = {**_DEFAULTS[config.type], **given}
     try:
         return kinds[config.type](parameters, **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         allowed = "the parameters of the optimizer in torch.optim"
         raise ConfigError(str(error), "optimizer.params", dict(options), allowed) from error

@@ -92,20 +92,22 @@ def auxiliary_loss(
 
     Collective under scope `global` (all-reduce of E + 1 counts over dp, no gradient).
     """
-    logits_TE = choice.logits_TE
+    # counts above 256 have no value in bfloat16, above 65504 none in float16
+    logits_TE = choice.logits_TE.to(torch.promote_types(choice.logits_TE.dtype, torch.float32))
     tokens, experts = logits_TE.shape
     softmax = router.score == "softmax"
     probability_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
     probability_TE = probability_TE / probability_TE.sum(-1, keepdim=True)
     counts = torch.bincount(choice.indices_TK.flatten(), minlength=experts)
-    counts = torch.cat([counts, counts.new_tensor([tokens])]).to(logits_TE.dtype)
+    counts = torch.cat([counts, counts.new_tensor([tokens])])
     share = 1.0
     scope = points("auxiliary.scope", options.scope, layer=layer)
     if scope == "global" and dp.handle is not None:
         torch.distributed.all_reduce(counts, group=dp.handle)
         share = dp.size
-    load_E = points("auxiliary.load", counts[:-1], layer=layer)
-    total = points("auxiliary.tokens", counts[-1], layer=layer)
+    exact = counts.to(probability_TE.dtype)
+    load_E = points("auxiliary.load", exact[:-1], layer=layer)
+    total = points("auxiliary.tokens", exact[-1], layer=layer)
     balance = experts * (load_E / total * (probability_TE.sum(0) / total)).sum()
     z = logits_TE.logsumexp(-1).square().sum() / total
     loss = share * (options.load_balance * balance + options.z_loss * z)

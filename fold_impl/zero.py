@@ -49,6 +49,10 @@ from fold_impl.reduce import clip_coefficient, global_norm
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, Lion)
 """Optimizers that may see a flat piece of several parameters: they treat each entry alone."""
 
+CHECKPOINT_PROBLEM = (
+    "checkpoints of DeepSpeed's engine are not supported with folding yet: its own format writes "
+    "an expert's parts and the lanes' parts over one another"
+)
 BROADCAST_BYTES = 1 << 28
 """Size of one message when engines start: torch's DistributedDataParallel takes 250 MiB."""
 
@@ -165,9 +169,7 @@ def make_plan(
     members = []
     for folded in parameters:
         rule: Rule = rule_of(folded.placement, partial=folded.partial)
-        rule = points(
-            "reduce.rule", rule, name=folded.name, family=folded.family, layout=layout
-        )
+        rule = points("reduce.rule", rule, name=folded.name, family=folded.family, layout=layout)
         kind = kinds[rule.axis()]
         if kind.replicas.size == stage.size:
             kind = kinds["stage"]
@@ -356,6 +358,12 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         made.global_norm_of = self._norm_of_masters
         return made
 
+    def _configure_zero_optimizer(self, optimizer: Any) -> Any:
+        made = super()._configure_zero_optimizer(optimizer)
+        if type(made) is DeepSpeedZeroOptimizer:
+            made.__class__ = StepwiseScaleOptimizer  # made by name inside, and without own state
+        return made
+
     # ------------------------------------------------------------ one step
 
     def moe_layer_modules(self) -> list[FoldedMoE]:
@@ -439,6 +447,22 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         """
         problem = "DeepSpeed's sampler would give lanes different samples"
         raise Unsupported(problem, "training_data", "a data set", "a loader sharded over dp only")
+
+    def save_checkpoint(self, *_: Any, **__: Any) -> Any:
+        """Refuse DeepSpeed's own format.
+
+        Raises:
+            Unsupported: it knows neither expert-TP shards nor the lanes' parts.
+        """
+        raise Unsupported(CHECKPOINT_PROBLEM, "folding.engine", "deepspeed", ["native"])
+
+    def load_checkpoint(self, *_: Any, **__: Any) -> Any:
+        """Refuse as `save_checkpoint` does.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported(CHECKPOINT_PROBLEM, "folding.engine", "deepspeed", ["native"])
 
     def close(self) -> None:
         """Take every hook off the model and release DeepSpeed's buffers."""
@@ -531,6 +555,27 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
             for member, part in zip(members, parts, strict=True):
                 found[member.name] = part.view_as(member.parameter)
         return found
+
+
+class StepwiseScaleOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+    """DeepSpeed's optimizer of ZeRO-1/2, whose dynamic loss scale grows after the step.
+
+    DeepSpeed lets it grow first and then divides the gradients by the new scale: half an update.
+    """
+
+    _grows = False
+
+    def _update_scale(self, has_overflow: bool = False) -> None:
+        if has_overflow:
+            super()._update_scale(True)
+        self._grows = not has_overflow
+
+    def step(self, closure: Any = None) -> None:
+        """Update with the scale the gradients were computed with."""
+        super().step(closure)
+        if self._grows:
+            super()._update_scale(False)
+            self._grows = False
 
 
 class StageZeroOptimizer(FP16_UnfusedOptimizer):  # type: ignore[misc]

@@ -255,7 +255,7 @@ _REDUCTIONS = (
     ),
     Cause(
         "shards-permuted", "altered",
-        "a rank holds another rank's shard than its placement says: a group's ranks in another order",
+        "a rank holds another rank's shard than its placement says: a group in another order",
         EVERY, shows=lambda s: _maybe(s.stage > 1), alterations=("weights-moved",),
     ),
     Cause(
@@ -391,7 +391,7 @@ _BACKWARD = (
     ),
     Cause(
         "dense-output-gradient-summed", "dense_summed",
-        "the sum of lanes' partial outputs also sums their equal gradients: tp in TP-sharded blocks",
+        "the sum of lanes' outputs also sums their equal gradients: tp in the TP-sharded block",
         symbol="tp", factor=lambda s: s.tp, shows=_lanes,
     ),
 )  # fmt: skip

@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from parity import __version__, cli_reports, cli_suite
+from parity import __version__, cli_explain, cli_reports, cli_suite
 from parity.case import (
     DEFAULT_SUITE,
     Case,
@@ -460,3 +460,4 @@ def doctor(ctx: click.Context, /, folder: Path | None, style: str) -> None:
 
 main.add_command(faults)
 cli_reports.register(main)
+cli_explain.register(main)

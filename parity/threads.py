@@ -8,17 +8,22 @@ thread that raises must release the others, which would wait in a collective for
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 from torch._C import _distributed_c10d as c10d
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import STORE_BASED_BARRIER_PREFIX
 from torch.testing._internal.distributed import multi_threaded_pg
 
 from parity import trial
+
+T = TypeVar("T")
+LAST = ":last_worker"
+"""End of the key that torch's barrier of a new group waits for."""
 
 
 @dataclass
@@ -41,12 +46,16 @@ class ThreadRuntime:
 
 
 def run(_: Any, order: trial.Order) -> list[trial.RankResult]:
-    """Run `parity.trial.run` in one thread per rank and give their results in order.
+    """Run `parity.trial.run` in one thread per rank and give their results in order."""
+    return run_ranks(order.layout.world, lambda runtime: trial.run(runtime, order))
+
+
+def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
+    """Run `work` in one thread per rank and give the results by rank.
 
     Raises:
         Exception: what the first failing thread raised.
     """
-    world = order.layout.world
     results: list[Any] = [None] * world
     errors: list[BaseException] = []
     store = HashStore()
@@ -54,10 +63,10 @@ def run(_: Any, order: trial.Order) -> list[trial.RankResult]:
     def main(rank: int) -> None:
         try:
             dist.init_process_group("threaded", rank=rank, world_size=world, store=store)
-            results[rank] = trial.run(ThreadRuntime(rank, world), order)
-        except BaseException as error:  # also what the release of the others raises in them
+            results[rank] = work(ThreadRuntime(rank, world))
+        except BaseException as error:  # SystemExit too: it is how the others are released
             errors.append(error)
-            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
+            _release(store)
 
     multi_threaded_pg._install_threaded_pg()
     _isolate_threads(True)
@@ -65,8 +74,11 @@ def run(_: Any, order: trial.Order) -> list[trial.RankResult]:
         threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(0.05)
+            if errors:  # a released thread may have gone on to the barrier of the next group
+                _release(store)
     finally:
         multi_threaded_pg.ProcessLocalGroup.reset()
         _isolate_threads(False)
@@ -74,6 +86,26 @@ def run(_: Any, order: trial.Order) -> list[trial.RankResult]:
     if errors:
         raise errors[0]
     return results
+
+
+def _release(store: HashStore) -> None:
+    """Wake every thread that waits for a rank which will not come.
+
+    Not `ProcessLocalGroup.exception_handle`: it iterates over a table that other threads change
+    (seen: `dictionary changed size during iteration`), and does not reach those in the store's
+    barrier of a new group, which would wait for 30 minutes.
+    """
+    group = multi_threaded_pg.ProcessLocalGroup
+    group._terminate.set()
+    with group._coll_lock:
+        waiting = list(group._cur_coll_on_pgs.values())
+    for collective in waiting:
+        for condition in (collective._start_cond, collective._done_cond):
+            with condition:
+                condition.notify_all()
+    for key in store.list_keys():
+        if STORE_BASED_BARRIER_PREFIX in key and not key.endswith(LAST):
+            store.set(key + LAST, "1")
 
 
 def _isolate_threads(active: bool) -> None:

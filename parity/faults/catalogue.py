@@ -452,7 +452,7 @@ _LAYER = (
         cannot=(Blind("tp == 1", "one lane adds it once"),),
     ),
     Fault(
-        "lanes-leave-summed", "lanes.leave", "leaves_summed", "replicated-summed-over-tp",
+        "lanes-leave-summed", "lanes.leave", "leaves_summed", "dense-output-gradient-summed",
         "TP-sharded branches and what is below them x tp", "tp > 1 and not shared",
         imitates="torch.distributed.nn all_reduce: sums in forward and in backward",
         cannot=(Blind("tp == 1", "sum over one lane"),),

@@ -61,7 +61,6 @@ def fail_on(value: Any, ranks: tuple[int, ...], **context: Any) -> Any:
     return value
 
 
-@pytest.mark.xfail(strict=False, reason="defect: torch's release of the others is a race")
 @pytest.mark.parametrize("point", ["router.logits", "reduce.gradient", "norm.square"])
 def test_the_first_failing_rank_is_named_and_the_others_released(point: str) -> None:
     """Ranks 0, 2 and 3 wait in a collective; what is raised is rank 1's error, not the release."""
@@ -115,7 +114,6 @@ class BrokenBuild(FoldImplementation):
         super().build(model, config, context)
 
 
-@pytest.mark.xfail(run=False, reason="defect: hangs 30 minutes, torch's barrier of a new group")
 def test_a_rank_that_fails_before_its_groups_exist_releases_the_others() -> None:
     """They wait in the store-based barrier of `new_group`, which no event interrupts."""
     with pytest.raises(ValueError, match="rank 1 is broken"):

@@ -38,7 +38,15 @@ from fold_impl.states import (
     to_plain,
 )
 
-__all__ = ["CheckpointError", "CheckpointedEngine", "Loaded", "export", "load", "save"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointedEngine",
+    "Loaded",
+    "export",
+    "load",
+    "save",
+    "state_dict",
+]
 
 T = TypeVar("T")
 S = TypeVar("S")

@@ -35,6 +35,8 @@ ON_RANKS = 0.25
 """Part of the runs that goes through the implementation on ranks; the rest is the model alone."""
 VARIANTS = 4
 """Orders tried of one draw: the float64 truth costs as much as two of them."""
+TWO_THREADS_EVERY = 16
+"""Draws between two runs on two threads, which cost ten times the rest on small tensors."""
 MOST_SHARES = 6
 """Shares of a draw for the model alone; more of them cost time and round no worse."""
 BUCKETS = (None, 1, 1000, 20_000)
@@ -175,9 +177,7 @@ def _run_on_ranks(figures: Figures, cases: Sequence[Case], judge: Judging, runs:
 def _varied(case: Case, dtype: str, backend: str, index: int) -> Case:
     bucket = BUCKETS[index % len(BUCKETS)]
     options = {} if bucket is None else {"folding": {"bucket_numel": bucket}}
-    engine = case.engine.model_copy(
-        update={"dtype": dtype, "backend": backend, "options": options}
-    )
+    engine = case.engine.model_copy(update={"dtype": dtype, "backend": backend, "options": options})
     return case.model_copy(
         update={"id": f"{case.id}#{index}", "engine": engine, "seed": 10_000 + index}
     )
@@ -193,9 +193,11 @@ def _run_model(figures: Figures, cases: Sequence[Case], runs: int) -> None:
             for variant in range(VARIANTS):
                 if done == runs:
                     return
-                torch.set_num_threads(1 + variant % 2)
+                several = variant == 0 and number % TWO_THREADS_EVERY == 0
+                torch.set_num_threads(2 if several else 1)
                 outcome = evaluate(draw, generator)
-                figures.add("order of shares and tokens", judged(draw, outcome))
+                name = "two threads" if several else "order of shares and tokens"
+                figures.add(name, judged(draw, outcome))
                 unit = compare.UNIT_ROUNDOFF[draw.dtype]
                 figures.logit_error_u = max(figures.logit_error_u, outcome.logit_error / unit)
                 done += 1

@@ -149,9 +149,7 @@ def _answer(
         cases[id] = {
             "causes": [cause.id for cause in found],
             "sentences": [explaining.sentence(cause, about) for cause in found],
-            "ambiguous": list(
-                explaining.ambiguity(found, loaded.values(), loaded.get(id))
-            ),
+            "ambiguous": list(explaining.ambiguity(found, loaded.values(), loaded.get(id))),
         }
     left = explaining.intersect([*shown.values()], loaded)
     return {"schema": 1, "cases": cases, "left": [c.id for c in left], "taps": dict(tapped)}

@@ -198,9 +198,7 @@ class _Regression:
             return {}
         drawn = batches.make(self.case, dp, self.step, self.seed)
         names = [str(row.tensor) for row in rows]
-        split = reference.shares(
-            self.case, self.model, self.weights, drawn, names, self.routing
-        )
+        split = reference.shares(self.case, self.model, self.weights, drawn, names, self.routing)
         found = {}
         for row in rows:
             if str(row.tensor) not in actual:
@@ -210,9 +208,7 @@ class _Regression:
                 found[id(row)] = result
         return found
 
-    def paths(
-        self, rows: Sequence[Row], actual: Mapping[str, Tensor]
-    ) -> dict[int, dict[str, Any]]:
+    def paths(self, rows: Sequence[Row], actual: Mapping[str, Tensor]) -> dict[int, dict[str, Any]]:
         """Split the gradient of the norm before the last MoE layer over the paths behind it.
 
         Only where that norm fails by more than a factor, and the layer's router does not.
@@ -434,9 +430,7 @@ def compare_rows(actual_EFH: Tensor, expected_EFH: Tensor) -> dict[str, Any] | N
     return {"lost": lost, "foreign": foreign, "from": sources, "moved": moved}
 
 
-def _source(
-    extra: Tensor, index: int, spans: Sequence[Tensor], own: Tensor
-) -> int | None:
+def _source(extra: Tensor, index: int, spans: Sequence[Tensor], own: Tensor) -> int | None:
     """Name the expert whose tokens, with the own ones, span the foreign part; -1: nobody."""
     for other, span in enumerate(spans):
         if other != index and span.shape[0] and _holds(torch.cat([own, span]), extra):

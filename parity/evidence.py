@@ -172,9 +172,7 @@ class Observation:
     @cached_property
     def everything_fails(self) -> bool:
         """No gradient passes, but for those that are zero."""
-        return all(
-            row.verdict in FAILING or row.ratio is None for row in self.of("gradient")
-        )
+        return all(row.verdict in FAILING or row.ratio is None for row in self.of("gradient"))
 
     def state(self, row: Row | None) -> State:
         """Say how one gradient row differs."""

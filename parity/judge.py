@@ -28,8 +28,11 @@ from parity.implementation import Placement
 from parity.layout import Layout
 from parity.optimizers import ReferenceOptimizer
 from parity.store import FAILING, Row, engine_of, shape_of
+from parity.structure import structure_rows
 from parity.trial import Checkpoint, Order, Planted, RankResult
 
+MOST_CACHED = 32
+"""Truths, and baselines, kept at once: a baseline takes up to 10 MiB, a suite has hundreds."""
 MAX_DRAWS = 12
 """Seeds tried before a case whose routing is never safe is given up."""
 GUARD = 100.0
@@ -270,7 +273,7 @@ class Judge:
             drawn = batches.make(case, case.layout.dp, step, seed)
             truth = reference.evaluate(case, model, weights, drawn, _of_step(replay, step))
             if step == 1:
-                self._truths[key] = truth
+                _remember(self._truths, key, truth)
         unit = compare.UNIT_ROUNDOFF[getattr(torch, case.engine.dtype)]
         if not _is_low(case) and truth.margin < GUARD * LOGIT_ERROR_U * unit:
             raise _UnsafeRoutingError
@@ -296,7 +299,7 @@ class Judge:
             return self._followed(case, model, weights, run, seed)
         truths = [self._truth(case, model, weights, 1, seed)]
         for number, step in enumerate(run.steps[1:], start=2):
-            own = {n: t.double() for n, t in step.ran_on.filled.items()}
+            own = {**weights, **{n: t.double() for n, t in step.ran_on.filled.items()}}
             try:
                 truths.append(self._truth(case, model, own, number, seed, replay))
             except _UnsafeRoutingError:
@@ -335,7 +338,7 @@ class Judge:
             run = self._run(case, plain, setting)
             truths = self._truths_of(case, model, weights, run, setting)
             rows = self._rows_of(case, run, truths, setting, model, weights)
-            self._baselines[key] = _Baseline(run, rows, len(truths))
+            _remember(self._baselines, key, _Baseline(run, rows, len(truths)))
         return self._baselines[key]
 
     def _folded(self, case: Case, setting: Setting) -> tuple[Run, Run | None]:
@@ -431,7 +434,9 @@ class Judge:
         layout, placements = run.layout, run.placements
         true_optimizer = ReferenceOptimizer(case.optimizer, setting.lr)
         own_optimizer = ReferenceOptimizer(case.optimizer, setting.lr)
-        rows: list[Row] = []
+        about = self._context(case, layout, "reference", 1)
+        rows = structure_rows(about, case, weights, placements, layout)
+        truths = [_handed_over(truth, placements) for truth in truths]
         for number, (step, truth) in enumerate(zip(run.steps, truths, strict=False), start=1):
             about = self._context(case, layout, "reference", number)
             routing = compare.routing_rows(about, step.routing, truth.routing, layout, names)
@@ -490,9 +495,24 @@ class Judge:
         )
 
 
+def _handed_over(
+    truth: reference.Evaluation, placements: Mapping[str, Placement]
+) -> reference.Evaluation:
+    """Leave out the parameters that failed already because nobody handed them over."""
+    kept = {name: g for name, g in truth.gradients.items() if name in placements}
+    return truth if len(kept) == len(truth.gradients) else replace(truth, gradients=kept)
+
+
 def _shape(case: Case, layout: Layout) -> Any:
     sizes = {key: getattr(layout, key) for key in ("world", "tp", "ep", "etp", "pp")}
     return case.shape.model_copy(update=sizes)
+
+
+def _remember(cache: dict[str, Any], key: str, value: Any) -> None:
+    """Keep a result for the cases to come, in the place of the oldest where there are many."""
+    if len(cache) >= MOST_CACHED:
+        del cache[next(iter(cache))]
+    cache[key] = value
 
 
 def _is_low(case: Case) -> bool:

@@ -171,7 +171,9 @@ def auxiliary_loss(
         probability_TE = models.scores(logits_TE, score)
         probability_TE = probability_TE / probability_TE.sum(-1, keepdim=True)
         tokens, experts = logits_TE.shape
-        load_E = torch.bincount(indices_TK.flatten(), minlength=experts).to(logits_TE.dtype) / tokens
+        load_E = (
+            torch.bincount(indices_TK.flatten(), minlength=experts).to(logits_TE.dtype) / tokens
+        )
         balance = experts * (load_E * probability_TE.mean(0)).sum()
         z = logits_TE.logsumexp(-1).square().mean()
         losses.append(spec.load_balance * balance + spec.z_loss * z)
@@ -253,9 +255,7 @@ def _auxiliary_of(
     return torch.stack(layers).sum()
 
 
-def _split(
-    loss: Tensor, leaves: Mapping[str, Tensor], names: Sequence[str]
-) -> dict[str, Tensor]:
+def _split(loss: Tensor, leaves: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """Differentiate a part of the objective, keeping its graph for the parts that follow."""
     wanted = [leaves[name] for name in names]
     found = torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True)

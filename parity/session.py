@@ -29,7 +29,7 @@ from parity.store import Row, RunDirectory, by_case, case_verdict, definition_of
 
 DEFAULT_IMPLEMENTATION = "fold_impl"
 MAX_LIVE_RANKS = 32
-"""Ranks kept at once: the gangs of 1, 2, 3, 4, 6 and 8 ranks that a suite goes to and fro between."""
+"""Ranks kept at once: gangs of 1, 2, 3, 4, 6 and 8 ranks, which a suite goes to and fro between."""
 PRELOAD = ("torch._dynamo", "parity.trial")
 """Beside torch: the first torch.optim.Optimizer of a process imports dynamo, 1.4 CPU seconds."""
 

@@ -340,8 +340,10 @@ def _dense_summed(cause: Cause, o: Observation) -> bool:
         return False
     assert cause.factor is not None
     sharded = first.family in ("dense", "attention", "shared_expert")
-    return sharded and o.near(first.scale, cause.factor(o.setting)) and (
-        o.state(first) == "scaled" and o.top_state("expert") == "ok"
+    return (
+        sharded
+        and o.near(first.scale, cause.factor(o.setting))
+        and (o.state(first) == "scaled" and o.top_state("expert") == "ok")
     )
 
 
@@ -366,8 +368,10 @@ def _altered(cause: Cause, o: Observation) -> bool:
         said = bool(set(cause.alterations) & set(o.alterations))
         return said and not ("weights-moved" in o.alterations and _is_permuted(o))
     spans = _spans(o)
-    return _is_bare(o) and o.first_routing is None and (
-        spans is None or not (spans["lost"] or spans["foreign"])
+    return (
+        _is_bare(o)
+        and o.first_routing is None
+        and (spans is None or not (spans["lost"] or spans["foreign"]))
     )
 
 

@@ -160,16 +160,12 @@ def _read(folder: Path, count: int) -> list[Records]:
     return records
 
 
-def _compared(
-    case: Case, last: Any, seed: int, records: Sequence[Records]
-) -> list[Finding]:
+def _compared(case: Case, last: Any, seed: int, records: Sequence[Records]) -> list[Finding]:
     layout, gas = case.layout, case.engine.gas
     model = models.build_for(case, seed)
     weights = {n: t.double() for n, t in last.folded.steps[0].before.filled.items()}
     drawn = batches.make(case, layout.dp, 1, seed)
-    truth = [
-        [_watched(model, weights, batch, layout.dp * gas) for batch in rank] for rank in drawn
-    ]
+    truth = [[_watched(model, weights, batch, layout.dp * gas) for batch in rank] for rank in drawn]
     unit = UNIT_ROUNDOFF[getattr(torch, case.engine.dtype)]
     layers = range(case.model.layers)
     found = []
@@ -276,9 +272,7 @@ def _whole(what: str) -> Callable[..., Verdict]:
     return compare
 
 
-def _by_lane(
-    got: Mapping[int, Tensor], what: str, layout: Layout
-) -> list[tuple[int, Tensor]]:
+def _by_lane(got: Mapping[int, Tensor], what: str, layout: Layout) -> list[tuple[int, Tensor]]:
     """Give every rank's tensor; of output gradients, which may differ by lane, the lanes' mean."""
     if what != "output'":
         return sorted(got.items())

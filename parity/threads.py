@@ -7,6 +7,7 @@ thread that raises must release the others, which would wait in a collective for
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
             errors.append(error)
             _release(store)
 
+    excepthook = sys.excepthook  # every init_process_group wraps it once more
     multi_threaded_pg._install_threaded_pg()
     _isolate_threads(True)
     try:
@@ -83,6 +85,7 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
         multi_threaded_pg.ProcessLocalGroup.reset()
         _isolate_threads(False)
         multi_threaded_pg._uninstall_threaded_pg()
+        sys.excepthook = excepthook
     if errors:
         raise errors[0]
     return results

@@ -243,8 +243,6 @@ class DeepSpeedImplementation:
             raise Refusal(f"DeepSpeed {state.installed()} has no folding")
         self._switches = Switches.read(config.get("adapter", {}))
         state.enter(context)
-        if self._switches.shim:
-            state.let_presets_read_transformers()
         self._gas = int(config["gradient_accumulation_steps"])
         self._wrapper, layout = model, context.layout
         made = engine_config(config, layout, model.spec.name, self._gas, self._switches)
@@ -261,7 +259,10 @@ class DeepSpeedImplementation:
     def _initialized(self, model: nn.Module, config: dict[str, Any]) -> Any:
         import deepspeed
 
-        with _refusals(ValueError, NotImplementedError, AssertionError):
+        with contextlib.ExitStack() as stack:
+            if self._switches.shim:
+                stack.callback(state.let_presets_read_transformers())
+            stack.enter_context(_refusals(ValueError, NotImplementedError, AssertionError))
             return deepspeed.initialize(
                 model=model, model_parameters=list(model.parameters()), config=config
             )[0]

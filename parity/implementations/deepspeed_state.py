@@ -8,8 +8,7 @@ ever unless it is told to forget them.
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from parity.implementation import RankContext
@@ -87,22 +86,22 @@ def _forget_groups() -> None:
         groups.expert_tensor_parallel_world_size = 1
 
 
-def let_presets_read_transformers() -> bool:
+def let_presets_read_transformers() -> Callable[[], None]:
     """Make the registry of recorded outputs of transformers 5.23 readable by class name again.
 
     Its `get` takes a model and no default, its `[]=` a model; AutoEP's presets give both the name
     of a class, and die of a TypeError in `initialize` (docs/findings).
 
     Returns:
-        Whether anything had to be done.
+        What puts the registry back as it was.
     """
     try:
         from transformers.utils import output_capturing
     except ImportError:  # an older one, without recorded outputs
-        return False
+        return _nothing
     kind: Any = type(getattr(output_capturing, "_CAN_RECORD_REGISTRY", {}))
-    if kind is dict or "parity" in vars(kind):
-        return False
+    if kind is dict:
+        return _nothing
     read, write = kind.get, kind.__setitem__
 
     def get(registry: Any, key: Any, default: Any = None) -> Any:
@@ -114,13 +113,15 @@ def let_presets_read_transformers() -> bool:
         else:
             write(registry, key, value)
 
-    kind.get, kind.__setitem__, kind.parity = get, put, True
-    return True
+    def back() -> None:
+        kind.get, kind.__setitem__ = read, write
+
+    kind.get, kind.__setitem__ = get, put
+    return back
 
 
 def installed() -> str:
     """Give the version of the installed DeepSpeed."""
     import deepspeed
 
-    assert "deepspeed" in sys.modules
     return str(deepspeed.__version__)

@@ -21,6 +21,7 @@ from torch import distributed as dist
 
 from fold_impl.config import FoldConfig
 from fold_impl.engine import build_engine
+from fold_impl.families import FoldedParameter
 from parity import case, models
 from parity.gang import GangPool
 from parity.rank import RankRuntime
@@ -45,7 +46,7 @@ class Path(NamedTuple):
     bucket: int = LARGE
     coalesce: bool = False
     loop: str = "steps"
-    """steps; boundary (set by hand, one step); no_sync; tiled (backward inside backward)."""
+    """steps; boundary (set by hand, one step); no_sync; tiled (backward inside backward); twice."""
 
     @property
     def reductions(self) -> int:
@@ -203,8 +204,18 @@ def step_once(engine: Any, numbers: dict[str, int], loop: str) -> None:
         quiet = engine.no_sync() if loop == "no_sync" and not last else contextlib.nullcontext()
         with quiet:
             engine.backward(engine())
-        if last or loop in ("steps", "tiled"):
+        if loop == "twice" and last:
+            engine.allreduce_gradients()
+        if last or loop not in ("boundary", "no_sync"):
             engine.step()
+
+
+REPLICAS = {"expert": "edp"}
+
+
+def cut_or_not(member: FoldedParameter) -> str:
+    """Name the ranks that hold the same part of a dense parameter."""
+    return "dp" if member.placement.shards else "stage"
 
 
 class Seen(NamedTuple):
@@ -215,7 +226,6 @@ class Seen(NamedTuple):
     families: dict[str, str]
     numels: dict[str, int]
     replicas: dict[str, tuple[int, ...]]
-    gradients: dict[str, list[float]]
     norm: float
 
 
@@ -228,7 +238,6 @@ def count(runtime: RankRuntime, order: tuple[Path, int]) -> Seen:
     groups = engine.groups
     members = engine.folded_parameters
     numbers = {m.name: 2 * i + 1 for i, m in enumerate(members)}
-    replicas = {"expert": groups.edp.ranks}
     step_once(engine, numbers, path.loop)
     with overheard() as told:
         step_once(engine, numbers, path.loop)
@@ -240,12 +249,7 @@ def count(runtime: RankRuntime, order: tuple[Path, int]) -> Seen:
         numbers,
         {m.name: m.family for m in members},
         {m.name: m.parameter.numel() for m in members},
-        {
-            m.name: replicas.get(m.family)
-            or (groups.dp.ranks if m.placement.shards else groups.stage.ranks)
-            for m in members
-        },
-        {},
+        {m.name: getattr(groups, REPLICAS.get(m.family, cut_or_not(m))).ranks for m in members},
         norm,
     )
 
@@ -306,7 +310,9 @@ def test_the_norm_of_numbered_gradients_is_that_of_the_whole_model(
         assert seen.norm == pytest.approx(square**0.5, rel=bound)
 
 
-@pytest.mark.parametrize("name", ["native", "zero-0", "zero-0-bf16", "zero-1", "zero-1-bf16-fp32", "zero-2"])
+@pytest.mark.parametrize(
+    "name", ["native", "zero-0", "zero-0-bf16", "zero-1", "zero-1-bf16-fp32", "zero-2"]
+)
 def test_collectives_do_not_grow_with_the_number_of_parameters(
     deepspeed_ranks: GangPool, name: str
 ) -> None:
@@ -320,9 +326,15 @@ def test_collectives_do_not_grow_with_the_number_of_parameters(
     assert counts[0] == counts[1]
 
 
-def test_a_second_reduction_would_be_seen() -> None:
-    """The counter shows to fail: a bucket given twice counts its elements twice."""
+def test_a_second_reduction_is_seen(deepspeed_ranks: GangPool) -> None:
+    """Reducing by hand once more shows as twice the elements of every parameter."""
+    path = Path(0, loop="twice")
+    task = "tests.fold_impl.test_exactly_once:count"
+    for seen in deepspeed_ranks.run(WORLD, task, [(path, 1)] * WORLD, DEADLINE_S):
+        for parameter, numel in seen.numels.items():
+            assert counted(seen, parameter) == {seen.replicas[parameter]: 2 * numel}
+
+
+def test_entries_are_told_by_their_odd_part() -> None:
+    """6 = 2 * 3, 0.75 = 3 / 4, 5; zeros are padding."""
     assert odd_parts(torch.tensor([6.0, 0.75, 0.0, 5.0])) == {3: 2, 5: 1}
-    with overheard() as told:
-        pass
-    assert told == []

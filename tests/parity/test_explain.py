@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 from parity import case as cases
-from parity import explain, taps, threads
+from parity import cli, explain, taps, threads
 from parity.case import Case
 from parity.causes import BY_ID, CAUSES, Setting
 from parity.evidence import factor_table, observe, setting_of, symbols_of
 from parity.judge import Judge
-from parity.store import FAILING, Row
+from parity.store import FAILING, Row, RunDirectory
 from parity.trial import Order, Planted, RankResult
 from tests.parity.example_rows import passing, row
 
@@ -50,16 +51,17 @@ def case(**changes: Any) -> Case:
 
 
 SHAPES = {
-    # dp 2, edp 1: tp = dp, so factors are ambiguous here
-    "square": case(shape__world=4, shape__tp=2, shape__ep=2, shape__etp=2, engine__gas=3),
+    # tp = dp = edp = 2: factors are ambiguous here, and dp / edp is none
+    "square": case(shape__world=4, shape__tp=2, shape__ep=2, engine__gas=3),
     # dp 3, edp 2: dp / edp is no other factor
     "uneven": case(
         shape__world=6, shape__tp=2, shape__ep=3, engine__gas=2,
         auxiliary__load_balance=0.05, auxiliary__scope="global",
     ),
-    # dp 2, edp 3, clipped, lanes with consumers of their own
+    # dp 2, edp 1, clipped, lanes with consumers of their own
     "lanes": case(
-        shape__world=6, shape__tp=3, shape__ep=2, engine__clip=0.5, data__lane_varying=True,
+        shape__world=6, shape__tp=3, shape__ep=2, shape__etp=3, engine__clip=0.5,
+        data__lane_varying=True,
     ),
 }  # fmt: skip
 
@@ -191,7 +193,7 @@ def lost_last_row(value: Tensor, **_: Any) -> Tensor:
     return value * kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fault:
     """A fault: point, function of this module, the true cause, the shapes it must show on."""
 
@@ -217,7 +219,7 @@ FAULTS = (
     Fault("reduce.reduced", times_tp, "restore-factor-not-cancelled", options={"only": "expert"}),
     Fault("reduce.reduced", times_tp, "router-summed-over-tp", options={"only": "router"}),
     Fault("reduce.reduced", times_tp, "replicated-summed-over-tp", options={"only": "layernorm"}),
-    Fault("reduce.reduced", mean_over_edp, "expert-divided-by-edp"),
+    Fault("reduce.reduced", mean_over_edp, "expert-divided-by-edp", ("uneven", "lanes")),
     Fault("reduce.rule", own_lane_only, "tp-reduction-missing"),
     Fault("reduce.rule", lanes_averaged, "sharded-reduced-over-tp"),
     Fault("batch.loss", times_gas, "gas-not-applied", ("square", "uneven")),
@@ -249,12 +251,9 @@ def failing(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if r.verdict in FAILING]
 
 
-Fault.__hash__ = lambda self: id(self)  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.name}-{f.cause}")
 def test_the_true_cause_is_in_the_printed_set(fault: Fault) -> None:
-    """On every shape it shows: at most three causes, the true one among them; then which is left."""
+    """At most three causes on every shape it shows on, the true one among them; then one is left."""
     found = results(fault)
     assert {name for name, rows in found.items() if failing(rows)} == set(fault.shows)
     for name in fault.shows:
@@ -274,3 +273,154 @@ def test_what_passes_has_no_cause() -> None:
         assert not failing(rows)
         assert {r.causes for r in rows} == {()}
     assert explain.intersect([*results(None).values()]) == []
+
+
+# --- sets, factors, sentences ---------------------------------------------------------------------
+
+
+def test_one_shape_leaves_two_causes_and_names_the_case_that_tells() -> None:
+    """Where tp = dp = 2 an expert factor 2 is either; the case it names has different ones."""
+    fault, square = FAULTS[0], SHAPES["square"]
+    found = explain.causes(results(fault)["square"], square)
+    assert [c.id for c in found] == ["restore-factor-not-cancelled", "expert-not-divided-by-dp"]
+    assert list(explain.ambiguity(found, SHAPES.values(), square)) == [
+        "ambiguous between restore-factor-not-cancelled and expert-not-divided-by-dp "
+        f"on this shape; run {SHAPES['lanes'].id} to tell"
+    ]
+    told = explain.causes(results(fault)["lanes"], SHAPES["lanes"])
+    assert "expert-not-divided-by-dp" not in {c.id for c in told}
+    same = list(explain.ambiguity(found, [square], square))
+    assert same[0].endswith("; no loaded case tells them apart")
+
+
+def test_a_passing_case_speaks_against_a_cause_that_must_show() -> None:
+    """Expert factor 2 with tp 2, while a case of tp 3 passes: not the restore's factor."""
+    bad, good = results(FAULTS[0])["square"], results(None)["lanes"]
+    assert [c.id for c in explain.intersect([bad])] == [
+        "restore-factor-not-cancelled", "expert-not-divided-by-dp"
+    ]  # fmt: skip
+    assert "restore-factor-not-cancelled" not in {c.id for c in explain.intersect([bad, good])}
+
+
+def test_two_faults_at_once_keep_both_in_sight() -> None:
+    """No cause explains both cases: those that explain one each are left."""
+    rows = [results(FAULTS[0])["lanes"], results(FAULTS[1])["uneven"]]
+    left = {c.id for c in explain.intersect(rows, {c.id: c for c in SHAPES.values()})}
+    assert {"restore-factor-not-cancelled", "router-summed-over-tp"} <= left
+
+
+def test_a_failing_baseline_must_be_explained_too() -> None:
+    """A factor gas on the baseline as well is no factor tp of the folded run."""
+    square = SHAPES["square"]
+    wrong = {"scale": 2.0, "ratio": 2.0, "residual": 0.0, "error": 1.0, "verdict": "fail"}
+    rows = [replace(r, **wrong) if r.quantity == "gradient" else r for r in passing(square)]  # type: ignore[arg-type]
+    only_folded = [r if r.shape["tp"] == 2 else replace(r, verdict="pass") for r in rows]
+    assert "dp-sum-not-averaged" in {c.id for c in explain.causes(rows, square)}
+    assert {c.id for c in explain.causes(only_folded, square)} >= {"dp-sum-not-averaged"}
+
+
+def test_an_unknown_factor_and_unknown_structure_are_said_so() -> None:
+    """A factor 1.001, and a residual that nothing explains, have no cause of the table."""
+    square = SHAPES["square"]
+    by = {"scale": 1.001, "ratio": 1.001, "residual": 0.0, "error": 1e-3, "verdict": "fail"}
+    rows = [row(square, family="expert", **by), row(square)]  # type: ignore[arg-type]
+    assert [c.id for c in explain.causes(rows, square)] == ["unknown-factor"]
+    rows = [row(square, family="embedding", **{**by, "residual": 0.5}), row(square)]  # type: ignore[arg-type]
+    assert [c.id for c in explain.causes(rows, square)] == ["unknown"]
+
+
+def test_factors_are_named_in_sizes_of_the_shape() -> None:
+    """W8 tp2 ep2 etp2: dp 4, edp 2; 2 is many things, 1/8 is 1/world among others."""
+    setting = Setting(tp=2, dp=4, ep=2, etp=2, edp=2, gas=3)
+    assert symbols_of(2.0, setting)[:4] == ["tp", "ep", "edp", "etp"]
+    assert "dp/edp" in symbols_of(2.0, setting)
+    assert symbols_of(1 / 8, setting)[0] == "1/world"
+    assert symbols_of(1.5, setting) == ["gas/tp", "gas/ep", "gas/edp", "gas/etp"]
+    assert symbols_of(1.7, setting) == []
+    assert factor_table(Setting()) == {}
+
+
+def test_every_cause_is_declared_once_and_says_its_algebra_in_a_line() -> None:
+    """Ids are unique, kebab-case; factors have a symbol."""
+    assert len(BY_ID) == len(CAUSES)
+    for cause in CAUSES:
+        assert cause.id == cause.id.lower().replace("_", "-").replace(" ", "-")
+        assert cause.algebra
+        assert "\n" not in cause.algebra
+        assert bool(cause.symbol) >= (cause.factor is not None)
+
+
+def test_a_sentence_names_family_factor_and_algebra() -> None:
+    """One line a cause."""
+    (about,) = [o for o in observe(results(FAULTS[0])["lanes"], SHAPES["lanes"]) if o.failing]
+    said = explain.sentence(BY_ID["restore-factor-not-cancelled"], about)
+    assert said == (
+        "expert 3.000 = tp: the restore's backward sums tp equal lane gradients, and nothing "
+        "divides by tp [restore-factor-not-cancelled]"
+    )
+
+
+def test_settings_know_what_a_case_switches_on() -> None:
+    """The flags a cause's visibility rests on."""
+    setting = setting_of(SHAPES["uneven"])
+    assert (setting.tp, setting.dp, setting.ep, setting.edp, setting.gas) == (2, 3, 3, 2, 2)
+    assert setting.auxiliary
+    assert not setting.lane_varying
+    assert BY_ID["expert-divided-by-edp"].visible(setting)
+    assert BY_ID["restore-own-rows-only"].visible(setting) is False
+    assert BY_ID["auxiliary-scaled"].visible(setting) is None
+
+
+# --- taps and the command -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "border", "layer"),
+    [
+        (None, None, None),
+        (as_it_is, "input gradient", 1),
+        (slices_back, "input gradient", 1),
+        (next_expert, "expert out", 0),
+        (lost_last_row, "restored out", 0),
+        (times_tp, None, None),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_taps_name_the_first_border_that_differs(
+    function: Callable[..., Any] | None, border: str | None, layer: int | None
+) -> None:
+    """Forward from the first layer, backward from the last; a wrong reduction is behind all."""
+    fault = next((f for f in FAULTS if f.function is function), None)
+    planted = () if fault is None else (fault.planted(),)
+    found = taps.findings(judge().with_planted(*planted), SHAPES["lanes"])
+    wrong = taps.first(found)
+    assert (wrong and wrong.border, wrong and wrong.layer) == (border, layer)
+    assert len(found) == 10  # five borders of two layers, one micro-batch
+    assert taps.lines(found, SHAPES["lanes"].layout)[-1].startswith(
+        "no border differs" if border is None else f"first to differ: {border} of layer {layer}"
+    )
+
+
+def test_the_command_reads_a_run_directory(tmp_path: Any) -> None:
+    """Sets per case with their algebra, and what is left over all cases; exit code 1."""
+    directory = RunDirectory.create(tmp_path / "run", root=tmp_path, commit="0")
+    for rows in results(FAULTS[0]).values():
+        directory.append(rows)
+    done = CliRunner().invoke(cli.main, ["explain", str(directory.path)])
+    assert done.exit_code == 1, done.output
+    assert "expert 2.000 = tp: the restore's backward" in done.output
+    assert "factors of this shape: tp 3, dp 2" in done.output
+    assert "ambiguous between restore-factor-not-cancelled" in done.output
+    assert "over 3 failing and 0 passing cases: restore-factor-not-cancelled\n" in done.output
+    only = CliRunner().invoke(cli.main, ["explain", str(directory.path), "--case", "absent"])
+    assert only.exit_code == 2
+    assert "not in" in only.output
+
+
+def test_a_run_that_passed_has_nothing_to_explain(tmp_path: Any) -> None:
+    """Exit code 0."""
+    directory = RunDirectory.create(tmp_path / "run", root=tmp_path, commit="0")
+    directory.append(results(None)["square"])
+    done = CliRunner().invoke(cli.main, ["explain", str(directory.path), "--format", "json"])
+    assert done.exit_code == 0, done.output
+    assert '"cases": {}' in done.output

@@ -1,0 +1,61 @@
+"""Whether a run is the run a case asks for: every parameter handed over, dense weights really cut.
+
+Owns the failing rows of what is missing before any number is compared. Must not know tensors'
+values. Easy to get wrong: with nothing sharded over tp every row passes, and nothing was tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from parity.case import Case
+from parity.compare import Metrics, RowContext, make_row
+from parity.implementation import Family, Placement
+from parity.layout import Layout
+from parity.store import Row
+
+SHARDED: tuple[Family, ...] = ("attention", "dense")
+"""Families of which some weight must be cut over tp wherever tp > 1."""
+
+
+def structure_rows(
+    context: RowContext,
+    case: Case,
+    expected: Iterable[str],
+    placements: Mapping[str, Placement],
+    layout: Layout,
+) -> list[Row]:
+    """Fail what the implementation did not hand over, and families it did not shard.
+
+    Args:
+        context: what the rows share.
+        case: may declare with `engine.options.adapter.partition = "skip"` that nothing is cut.
+        expected: names of all parameters of the model.
+        placements: full logical name -> family and cuts, as the implementation declares them.
+        layout: sizes of the run.
+    """
+    rows = [
+        _failing(context, None, name, "not handed over by the implementation")
+        for name in expected
+        if name not in placements
+    ]
+    adapter = case.engine.options.get("adapter", {})
+    if layout.tp == 1 or adapter.get("partition") == "skip":
+        return rows
+    cut = {p.family for p in placements.values() if any(s.axis == "tp" for s in p.shards)}
+    present = {placement.family for placement in placements.values()}
+    for family in SHARDED:
+        if family in present and family not in cut and _has_linears(case, family):
+            said = f"no {family} weight is sharded over tp = {layout.tp}"
+            rows.append(_failing(context, family, None, said))
+    return rows
+
+
+def _has_linears(case: Case, family: Family) -> bool:
+    """Mixtral's only dense weights beside attention are the replicated head's."""
+    return family != "dense" or case.model.name != "mixtral"
+
+
+def _failing(context: RowContext, family: str | None, tensor: str | None, said: str) -> Row:
+    nothing = Metrics(None, None, None, None, None)
+    return make_row(context, "gradient", family, tensor, nothing, 0.0, "fail", None, [said], None)

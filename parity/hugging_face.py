@@ -50,7 +50,18 @@ class Gate:
         if self.forced_TK is None:
             return None
         self.indices_TK = self.forced_TK
-        return self.logits_TE, self._weights(self.forced_TK), self.forced_TK
+        return self._lifted(self.forced_TK), self._weights(self.forced_TK), self.forced_TK
+
+    def _lifted(self, indices_TK: Tensor) -> Tensor:
+        """Lift the forced experts' logits above all others by as little as does it.
+
+        The load-balance loss chooses once more from the logits: it must find the same experts.
+        """
+        values_TE = self.logits_TE.detach()
+        chosen_TE = torch.zeros_like(values_TE, dtype=torch.bool).scatter(-1, indices_TK, True)
+        best_left = values_TE.masked_fill(chosen_TE, -math.inf).amax(-1, keepdim=True)
+        above = torch.maximum(values_TE, best_left + 1e-9)
+        return self.logits_TE + torch.where(chosen_TE, above - values_TE, 0.0)
 
     def _weights(self, indices_TK: Tensor) -> Tensor:
         """Weigh experts as the gates of Mixtral and Qwen3-MoE do: softmax over all experts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -403,3 +404,23 @@ def test_make_refuses_fields_that_follow_from_the_file() -> None:
     """Suite and file are known already and cannot be set by a case."""
     with pytest.raises(CaseError, match="cannot be set here"):
         make({"shape.world": 1, "file": "x"}, suite="s", file="f.toml")
+
+
+def test_a_file_names_what_its_cases_are_about(tmp_path: Path) -> None:
+    """Every case of the file knows it; it is no part of the id, and no case may set it."""
+    text = 'suite = "s"\nimplementation = "x"\n[axes]\nshape = [{ world = 2, tp = 2 }]\n'
+    (one,) = load_file(write(tmp_path, text))
+    assert (one.implementation, one.id) == ("x", "w2-tp2-sgd-fp32")
+    with pytest.raises(CaseError, match="cannot be set here"):
+        make({"shape.world": 1, "implementation": "x"}, suite="s", file="f.toml")
+
+
+def test_ids_spell_out_known_options_and_hash_the_rest() -> None:
+    """The usual value shows as the bare word; what has no word of its own shares one hash."""
+    zero = "engine.options.zero_optimization."
+    known = {f"{zero}overlap_comm": True, f"{zero}reduce_bucket_size": 500,
+             "engine.options.data_types.grad_accum_dtype": "fp32"}  # fmt: skip
+    assert identify({"shape.world": 2, **known}) == "w2-overlap-bucket500-acc_fp32-sgd-fp32"
+    other = identify({"shape.world": 2, **known, "engine.options.x": 1})
+    assert re.fullmatch("w2-overlap-bucket500-acc_fp32-options[0-9a-f]{6}-sgd-fp32", other)
+    assert other != identify({"shape.world": 2, **known, "engine.options.x": 2})

@@ -353,6 +353,15 @@ def test_the_worst_ranks_norm_is_judged() -> None:
     assert infinite.verdict == "fail"
 
 
+def test_a_norm_no_rank_reports_is_skipped_with_its_reason() -> None:
+    """None on every rank: skipped; on one of them: that rank fails."""
+    (row,) = grad_norm_rows(context(F32), [None, None], 10.954)
+    assert (row.verdict, row.reason) == ("skipped", "the engine reports no norm")
+    (half,) = grad_norm_rows(context(F32), [10.954, None], 10.954)
+    assert half.verdict == "fail"
+    assert half.worst == {"rank": 1, "expert": None, "row": None}
+
+
 def maps() -> list[list[Tensor]]:
     """Routing of one rank's step: two micro-batches of two layers, 3 tokens, k 2."""
     return [

@@ -105,3 +105,46 @@ def _choose(gate: hugging_face.Gate, logits_TE: Tensor) -> Tensor:
     finally:
         module.weight, module.hidden_dim = kept, hidden  # type: ignore[assignment]
     return indices
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_forcing_its_own_choice_changes_nothing(name: str) -> None:
+    """Loss (the load-balance loss included) and gradients are those of the free gate."""
+    model = hugging_face.build(spec(name), 2, idle_expert=True, load_balance=0.5)
+    with hugging_face.lifted():
+        free = model(*tokens(2), 0.1)
+        wanted = torch.autograd.grad(free, list(model.parameters()))
+        for gate in model.gates:
+            gate.forced_TK = gate.indices_TK
+        forced = model(*tokens(2), 0.1)
+        found = torch.autograd.grad(forced, list(model.parameters()))
+    assert float(forced) == pytest.approx(float(free), rel=1e-14)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_forced_experts_are_used_and_their_lead_is_told() -> None:
+    """Another choice gives another loss, is what the gate remembers, and trails by the margin."""
+    model = hugging_face.build(spec("mixtral"), 2, idle_expert=True, load_balance=0.5)
+    gate = model.gates[-1]
+    with hugging_face.lifted():
+        free = float(model(*tokens(2), 0.1))
+        assert gate.margin() > 0
+        other = gate.indices_TK.clone()
+        other[4, 1] = 11  # the idle expert: the last one anybody would choose
+        gate.forced_TK = other
+        assert float(model(*tokens(2), 0.1)) != free
+    assert torch.equal(gate.indices_TK, other)
+    logits = gate.logits_TE[4]
+    left = logits[[e for e in range(12) if e not in other[4].tolist()]].max()
+    assert gate.margin() == pytest.approx(float(logits[11] - left))
+
+
+def test_a_forced_choice_is_also_the_load_balance_losss() -> None:
+    """The logits handed on have the forced experts on top, and are the gate's own elsewhere."""
+    model = hugging_face.build(spec("mixtral"), 2, idle_expert=True)
+    gate = model.gates[0]
+    gate.logits_TE = torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64)
+    lifted = gate._lifted(torch.tensor([[0, 2]]))
+    assert lifted.topk(2).indices.sort().values.tolist() == [[0, 2]]
+    assert lifted.tolist()[0] == pytest.approx([3.0, 2.0, 2.0], abs=1e-8)

@@ -561,3 +561,13 @@ def test_the_loss_of_a_run_is_the_mean_over_ranks_and_micro_batches() -> None:
     assert len(losses) == 8
     assert step.loss == pytest.approx(sum(losses) / 8, rel=1e-15)
     assert step.before.tensors[ROUTER].dtype == torch.float64  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("margin", "verdict"), [(0.1, "pass"), (-0.24, "pass"), (-0.26, "fail")])
+def test_a_followed_choice_may_be_off_by_a_logits_error_only(margin: float, verdict: str) -> None:
+    """64 u of bfloat16 are 0.25: an expert left out by more is no near tie."""
+    made = small(**{"engine.dtype": "bfloat16"})
+    row = Row.of_case(made, "x", verdict="pass", reason="")
+    (judged,) = judge._far_choices([row], margin)
+    assert judged.verdict == verdict
+    assert judged.detail == {"followed": True, "margin": margin}

@@ -248,7 +248,8 @@ class Recorder:
         """Put the rows of a finished case on disk."""
         self.directory.append(finished.rows)
         self.rows += finished.rows
-        self._seconds[finished.case] = finished.seconds
+        if finished.verdict != "skipped":
+            self._seconds[finished.case] = finished.seconds
         if finished.definition:
             self._definitions[finished.case] = finished.definition
         if self._cold_s is None:

@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 INSTALLED := .venv/.installed
 
-.PHONY: help parity test lint suites oracles clean
+.PHONY: help parity test lint suites oracles browser clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make lint     ruff, its formatter, mypy"
 	@echo "make suites   run the suites of cases, alone and as pytest items"
 	@echo "make oracles  add an oracle of the rank tables whose requirements no extra of ours has"
+	@echo "make browser  install Chromium, its driver and selenium, and test report.html in it"
 	@echo "make clean    remove .venv, caches and run directories"
 
 # torch comes first and by exact version: left to the resolver it may be another build
@@ -46,6 +47,14 @@ suites: $(INSTALLED)
 # torchtitan requires datasets, wandb, tensorboard ...; its rank tables need three small packages
 oracles: $(INSTALLED)
 	$(PIP) --no-deps torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 docstring_parser==0.18.0
+
+# packages of Debian and Ubuntu; on another system have chromium and chromedriver on the PATH
+browser: $(INSTALLED)
+	$(PIP) --constraint constraints.txt --editable '.[browser]'
+	command -v chromium chromedriver >/dev/null || { \
+	  sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
+	  $$sudo apt-get update && $$sudo apt-get install -y --no-install-recommends chromium chromium-driver fonts-dejavu-core; }
+	PARITY_NEEDS_BROWSER=1 $(BIN)/pytest tests/browser
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

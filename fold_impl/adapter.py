@@ -90,7 +90,7 @@ class FoldImplementation:
 
     def grad_norm(self) -> float:
         """The engine's global norm of the last step."""
-        norm = self._engine.get_global_grad_norm()
+        norm: float | None = self._engine.get_global_grad_norm()
         assert norm is not None, "grad_norm() is asked for after a step"
         return norm
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from fold_impl import checkpoint, states
 from fold_impl.checks import check
@@ -390,7 +391,7 @@ def _join_world(config: FoldConfig) -> None:
     if config.layout.world_size > 1:
         dist.init_process_group(backend)
     elif config.engine == "deepspeed":
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")
 
 

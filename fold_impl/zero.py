@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed import comm
@@ -36,6 +36,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as registry
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._C._distributed_c10d import _broadcast_coalesced
 
 from fold_impl.config import ConfigError, FoldConfig, Unsupported
 from fold_impl.families import FoldedParameter, Rule, rule_of
@@ -337,7 +338,7 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         for kind in self.plan.kinds():
             members = [m for m in self.plan.members if m.kind.name == kind.name]
             tensors = [m.folded.parameter.detach() for m in members]
-            dist._broadcast_coalesced(kind.replicas.handle, tensors, BROADCAST_BYTES, 0)
+            _broadcast_coalesced(kind.replicas.handle, tensors, BROADCAST_BYTES, 0)
 
     def _configure_fp16_optimizer(self, optimizer: Any, low_precision_dtype: torch.dtype) -> Any:
         scales = LossScaleConfig(
@@ -423,7 +424,9 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
     def _norm_of_masters(self, masters: Iterable[tuple[nn.Parameter, Tensor]]) -> float:
         """Compute the norm of the gradients held by float32 copies of the parameters."""
         copies = {id(parameter): master for parameter, master in masters}
-        members = [replace(p, parameter=copies[id(p.parameter)]) for p in self._trained]
+        members = [
+            replace(p, parameter=cast(nn.Parameter, copies[id(p.parameter)])) for p in self._trained
+        ]
         return global_norm(members, self.plan.groups, self.points)
 
     @contextlib.contextmanager
@@ -486,6 +489,7 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         ZeRO-1/2: one all-reduce per kind over the ranks that hold the same parts.
         """
         scale = float(self.optimizer.loss_scale) if self.fp16_enabled() else 1.0
+        found: Mapping[str, Tensor | None]
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
             found = self._gathered(
                 lambda p: p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)

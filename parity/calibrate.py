@@ -61,7 +61,6 @@ class Noise:
 
     error_u: float = 0.0
     tensor: str = ""
-    case: str = ""
 
 
 @dataclass
@@ -103,7 +102,7 @@ class Figures:
             if row.quantity in ("gradient", "loss", "grad_norm") and row.error is not None:
                 name = row.family or str(row.quantity)
                 if row.error / unit > self.worst.setdefault(name, Noise()).error_u:
-                    self.worst[name] = Noise(row.error / unit, row.tensor or "", row.case)
+                    self.worst[name] = Noise(row.error / unit, row.tensor or "")
 
 
 @dataclass(frozen=True)
@@ -292,8 +291,8 @@ def _gap_error(draw: Draw, batch: MicroBatch, order: Tensor, logits: Sequence[Te
     largest = 0.0
     for layer, actual in zip(models.moe_layers(draw.model), logits, strict=True):
         order_TE = layer.logits_TE.sort(dim=-1, descending=True, stable=True).indices
-        edge_T2 = order_TE[:, draw.case.model.top_k - 1 : draw.case.model.top_k + 1]
-        gaps = [t.gather(-1, edge_T2).diff(dim=-1) for t in (actual.double(), layer.logits_TE)]
+        edge = order_TE[:, draw.case.model.top_k - 1 : draw.case.model.top_k + 1]
+        gaps = [t.gather(-1, edge).diff(dim=-1) for t in (actual.double(), layer.logits_TE)]
         largest = max(largest, float((gaps[0] - gaps[1]).abs().max()))
     return largest
 
@@ -489,8 +488,8 @@ def _sections(figures: Figures) -> list[str]:
     lines += [f"- alarm: {alarm}" for alarm in figures.alarms[:20]]
     noise = sorted(figures.worst.items(), key=lambda item: -item[1].error_u)
     lines.append(_table(
-        ("family", "largest benign error", "tensor", "case"),
-        [(name, f"{n.error_u:.1f} u", n.tensor, n.case) for name, n in noise],
+        ("family", "largest benign error", "tensor"),
+        [(name, f"{n.error_u:.1f} u", n.tensor) for name, n in noise],
     ))  # fmt: skip
     if math.isfinite(figures.logit_error_u):
         lines.append(

@@ -460,4 +460,5 @@ def doctor(ctx: click.Context, /, folder: Path | None, style: str) -> None:
 
 main.add_command(faults)
 cli_reports.register(main)
+cli_suite.register(main)
 cli_explain.register(main)

@@ -6,6 +6,7 @@ an exclusion forbids is not missing, one that no third entry goes with is forbid
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
@@ -23,9 +24,21 @@ from parity.case import (
     load_file,
     load_matrix,
     parse_file,
+    select,
 )
 from parity.errors import UsageError
+from parity.fingerprint import cores, devices, versions
 from parity.report import tables
+from parity.session import DEFAULT_IMPLEMENTATION, MAX_LIVE_RANKS, open_judge
+
+REPORT = Path("reports/calibration.md")
+FEWEST_RUNS = 16
+"""Runs that leave some for every variation."""
+
+
+def register(group: click.Group) -> None:
+    """Add the commands to `parity`."""
+    group.add_command(calibrate)
 
 
 def matrices(suite: str | None, folder: Path | None) -> dict[Path, Matrix]:
@@ -90,3 +103,49 @@ def _text(about: dict[str, Any]) -> str:
         f"pairs of entries: {pairs['covered']} of {pairs['possible']} possible ones occur "
         f"({pairs['excluded']} more are excluded)"
     )
+
+
+@click.command()
+@click.option(
+    "--runs", type=click.IntRange(min=FEWEST_RUNS), default=1000, show_default=True,
+    help="Benign runs per dtype, at least.",
+)  # fmt: skip
+@click.option("--suite", default="default", show_default=True, help="Whose cases are varied.")
+@click.option(
+    "--cases", "folder", type=click.Path(path_type=Path), metavar="DIR", help="As for `run`."
+)
+@click.option(
+    "--implementation", metavar="NAME|module:attr", default=DEFAULT_IMPLEMENTATION,
+    show_default=True, help="What runs on ranks.",
+)  # fmt: skip
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", default=REPORT,
+    show_default=True,
+)  # fmt: skip
+@click.pass_context
+def calibrate(
+    ctx: click.Context, /, runs: int, suite: str, folder: Path | None, implementation: str,
+    out: Path,
+) -> None:  # fmt: skip
+    """Count false alarms of right runs and find the smallest fault that is seen; write a report.
+
+    Exits 1 where a right run alarmed or a planted loss was missed.
+    """
+    from parity import calibrate as calibration
+
+    cases = [c for c in select(suite=suite, folder=folder) if c.engine.name == "native"]
+    with open_judge(implementation, "cpu", cases[0], max_live_ranks=MAX_LIVE_RANKS) as judge:
+        say = functools.partial(click.echo, err=True)
+        found = calibration.calibrate(runs, cases, judge, say)
+    command = f"parity calibrate --runs {runs} --suite {suite}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(calibration.render(found, command, _machine()), encoding="utf-8")
+    click.echo(f"report: {out}")
+    ctx.exit(0 if calibration.holds(found) else 1)
+
+
+def _machine() -> dict[str, str]:
+    """Name kind and versions of what a report was made on, and no date."""
+    installed = versions()
+    kept = {name: installed[name] for name in ("python", "torch") if installed.get(name)}
+    return {"machine": f"{devices().get('cpu')}, {cores()} cores", "versions": json.dumps(kept)}

@@ -22,6 +22,7 @@ class Net(torch.nn.Module):
         self.moe = MoE(4, expert, num_experts=2, ep_size=2, k=1, min_capacity=8, use_rts=False)
 
     def forward(self, x):
+        """Give the loss."""
         return self.moe(self.dense(x))[0].pow(2).sum()
 
 

@@ -22,6 +22,7 @@ class Two(torch.nn.Module):
         self.b = torch.nn.Parameter(torch.zeros(4))
 
     def forward(self):
+        """Give the loss."""
         return self.a.sum() + self.b.sum()
 
 

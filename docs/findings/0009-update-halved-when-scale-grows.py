@@ -20,6 +20,7 @@ class Sum(torch.nn.Module):
         self.w = torch.nn.Parameter(torch.zeros(4))
 
     def forward(self):
+        """Give the loss."""
         return self.w.sum()
 
 
@@ -29,7 +30,7 @@ for stage in (1, 2, 3):
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage},
-        "fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 4, "loss_scale_window": 2},
+        "fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2},
     }
     model = Sum()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

@@ -114,6 +114,7 @@ class Fault:
             real=False,
             options={**(self.options if own else {}), **variant.options},
             variants=(),
+            cannot=(),
         )
 
 

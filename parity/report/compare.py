@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from parity.report import tables
@@ -249,10 +249,17 @@ def _headline(changes: Sequence[Change], head: Sequence[Cell]) -> str:
 
 
 def _found(changes: Sequence[Change]) -> str:
-    rows = [row for change in changes for row in change.bad]
+    """Sum findings up; a cause that fits every cell takes the place of those that fit some."""
+    said = [set(change.causes) for change in changes if change.causes]
+    common = set.intersection(*said) if said else set()
+    rows = [
+        replace(row, causes=[c for c in row.causes if c in common] or row.causes)
+        for change in changes
+        for row in change.bad
+    ]
     errors = [row for row in rows if row.verdict == "error"]
-    said = tables.findings([row for row in rows if row.verdict != "error"])
-    return "; ".join([*said, *([tables.first_error(errors)] if errors else [])])
+    found = tables.findings([row for row in rows if row.verdict != "error"])
+    return "; ".join([*found, *([tables.first_error(errors)] if errors else [])])
 
 
 def _warnings(base: Run, head: Run) -> Iterable[str]:

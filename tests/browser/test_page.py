@@ -64,9 +64,7 @@ class Page:
     def __init__(self, browser: Chrome, file: Path) -> None:
         self.browser, self.file = browser, file
 
-    def open(
-        self, size: tuple[int, int] = DESK, scheme: str = "light", fragment: str = ""
-    ) -> Page:
+    def open(self, size: tuple[int, int] = DESK, scheme: str = "light", fragment: str = "") -> Page:
         """Load the page in a window of a size and colour scheme."""
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -130,7 +128,7 @@ def page(browser: Chrome, file: Path) -> Page:
 
 def test_it_opens_without_a_complaint(page: Page) -> None:
     """No error in the console, nothing asked from anywhere, the headline in sight."""
-    log = page.browser.get_log("browser")  # type: ignore[no-untyped-call]
+    log = page.browser.get_log("browser")
     assert [entry for entry in log if entry["level"] == "SEVERE"] == []
     assert page.js("return performance.getEntriesByType('resource').length") == 0
     assert page.text("h1").startswith("2 of 5 cells failed: expert gradient x2.000 = tp on 1 shape")
@@ -193,9 +191,11 @@ def test_a_cell_opens_with_everything(page: Page) -> None:
     assert lines
     assert "2.000000" in lines[0]
     pictures = page.js(
-        "return [...document.querySelectorAll('#cell-body svg')].map(s => s.getAttribute('aria-label'))"
+        "return [...document.querySelectorAll('#cell-body svg')]"
+        ".map(s => s.getAttribute('aria-label'))"
     )
-    assert "scale of each expert, layers.0.expert: 0 2.000, 1 no gradient, 2 1.000, 3 2.000" in pictures
+    of_experts = "0 2.000, 1 no gradient, 2 1.000, 3 2.000"
+    assert f"scale of each expert, layers.0.expert: {of_experts}" in pictures
     assert "replicas: A: ranks 0 2; B: ranks 1 3" in pictures
     assert page.js("return location.hash") == f"#cell={FAILING}"
     page.keys(Keys.ESCAPE)
@@ -255,7 +255,8 @@ const light = (text) => { const [r, g, b] = rgb(text).map(v => v / 255)
   .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
 let at = made;
-while (at && /rgba\\(0, 0, 0, 0\\)|transparent/.test(getComputedStyle(at).backgroundColor)) at = at.parentElement;
+const isClear = (made) => /rgba\\(0, 0, 0, 0\\)/.test(getComputedStyle(made).backgroundColor);
+while (at && isClear(at)) at = at.parentElement;
 const back = light(getComputedStyle(at ?? document.body).backgroundColor);
 const ink = light(style.fill && made.namespaceURI.endsWith('svg') ? style.fill : style.color);
 return (Math.max(back, ink) + 0.05) / (Math.min(back, ink) + 0.05);

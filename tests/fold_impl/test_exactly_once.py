@@ -168,11 +168,13 @@ class Tiles(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, engine: Any, numbers: dict[str, int]) -> Tensor:
+        """Remember what to run."""
         ctx.engine, ctx.numbers = engine, numbers
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Run it, and say of the first half that more is to come."""
         (gradient,) = gradients
         for ready in (False, True):
             for member in ctx.engine.folded_parameters:

@@ -34,8 +34,9 @@ HERE = "tests.fold_impl.test_zero"
 SGD = {"type": "SGD", "params": {"lr": 0.5}}
 
 
-def written(tp: int = 1, ep: int = 1, etp: int = 1, **sections: Any) -> dict[str, Any]:
-    """Write a config for DeepSpeed's engine; `folding` is added to."""
+def written(*sizes: int, **sections: Any) -> dict[str, Any]:
+    """Write a config for DeepSpeed's engine: sizes of tp, ep, etp; `folding` is added to."""
+    tp, ep, etp = (*sizes, 1, 1, 1)[:3]
     folding = {"engine": "deepspeed", "preset": models.preset(SPEC), **sections.pop("folding", {})}
     parallel = {"enabled": True, "autoep_size": ep, "expert_tensor_parallel_size": etp}
     return {
@@ -132,7 +133,11 @@ def test_optimizer_groups_are_split_by_kind_and_keep_their_options(zero: Any) ->
         for i, w in enumerate(weights)
     ]
     plan = zero.make_plan(folded, build_groups(layout, 0, as_text), as_text, Points())
-    groups = [{"params": weights[:2], "lr": 0.25}, {"params": weights[2:4]}, {"params": weights[4:]}]
+    groups: list[dict[str, Any]] = [
+        {"params": weights[:2], "lr": 0.25},
+        {"params": weights[2:4]},
+        {"params": weights[4:]},
+    ]
     optimizer = torch.optim.SGD(groups, lr=0.5)
     zero._split_groups(optimizer, plan.members)
     found = [(g["name"], g.get("moe", False), g["lr"]) for g in optimizer.param_groups]
@@ -270,17 +275,13 @@ def curve(runtime: RankRuntime, config: dict[str, Any]) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(
-    ("tp", "ep", "etp", "stage"), [(2, 4, 1, 0), (4, 2, 1, 1), (2, 2, 2, 2)]
-)
+@pytest.mark.parametrize(("tp", "ep", "etp", "stage"), [(2, 4, 1, 0), (4, 2, 1, 1), (2, 2, 2, 2)])
 def test_ten_steps_follow_the_curve_of_one_process(
     deepspeed_ranks: GangPool, tp: int, ep: int, etp: int, stage: int
 ) -> None:
     """float32, Adam, clipped, ZeRO-0, 1, 2 at three shapes against torch.optim on one model."""
     adam = {"type": "Adam", "params": {"lr": 0.01, "eps": 1e-3}}
-    config = written(
-        tp, ep, etp, optimizer=adam, gradient_clipping=0.5, **{ZERO: {"stage": stage}}
-    )
+    config = written(tp, ep, etp, optimizer=adam, gradient_clipping=0.5, **{ZERO: {"stage": stage}})
     dp = 4 // tp
     found = deepspeed_ranks.run(4, f"{HERE}:curve", [config] * 4, DEADLINE_S)
     model = models.build(SPEC, 0, idle_expert=True)  # float64
@@ -349,8 +350,10 @@ def test_nothing_is_stepped_before_the_first_step(deepspeed_ranks: GangPool) -> 
     assert deepspeed_ranks.run(1, f"{HERE}:fresh_masters", [None], DEADLINE_S) == [(True, 0)]
 
 
-def overflowing(runtime: RankRuntime, order: tuple[int, dict[str, Any], str]) -> list[tuple[Any, ...]]:
-    """Run three steps, the second with one gradient of rank 3 infinite: (moved, finite, skipped)."""
+def overflowing(
+    runtime: RankRuntime, order: tuple[int, dict[str, Any], str]
+) -> list[tuple[bool, bool, int]]:
+    """Run three steps, one gradient of rank 3 infinite in the second: (moved, finite, skipped)."""
     stage, precision, name = order
     config = FoldConfig.from_dict(written(2, 4, **{ZERO: {"stage": stage}}, **precision), 4)
     engine = build(config, runtime)
@@ -452,7 +455,8 @@ def given_schedule(runtime: RankRuntime, _: Any) -> tuple[str, list[float], Tens
     named = dict(model.named_parameters())
     router = [p for n, p in named.items() if "router" in n]
     rest = [p for n, p in named.items() if "router" not in n]
-    optimizer = torch.optim.SGD([{"params": rest}, {"params": router, "lr": 0.0}], lr=0.5)
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": router, "lr": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.5)
     config = FoldConfig.from_dict(written(2, 2, **{ZERO: {"stage": 1}}), 2)
     engine = build_engine(
         model, config, runtime.rank, optimizer, new_group=runtime.new_group,
@@ -471,12 +475,13 @@ def test_own_optimizer_groups_and_a_schedule_are_honoured(deepspeed_ranks: GangP
     for kind, rates, moved in deepspeed_ranks.run(
         2, f"{HERE}:given_schedule", [None] * 2, DEADLINE_S
     ):
-        assert kind == "ZeroEngine" and rates == [0.0, 0.125] and float(moved) == 0.0
+        assert (kind, rates, float(moved)) == ("ZeroEngine", [0.0, 0.125], 0.0)
 
 
 def test_the_native_engine_stays_what_runs_without_being_asked() -> None:
     """No ZeRO, no 16-bit section: plain torch, and DeepSpeed is not imported for it."""
     config = written()
     del config["folding"]["engine"]
-    engine = build_engine(models.build(SPEC, 0, idle_expert=True), FoldConfig.from_dict(config, 1), 0)
+    model = models.build(SPEC, 0, idle_expert=True)
+    engine = build_engine(model, FoldConfig.from_dict(config, 1), 0)
     assert isinstance(engine, NativeEngine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -57,8 +58,13 @@ def judged(
     point: str, *planted: Planted, implementation: str = "fold_impl", **fields: Any
 ) -> list[Row]:
     """Judge a case in this process."""
-    judge = Judge(implementation=implementation, pool=InThreads(), planted=planted)
-    return judge.rows(case(point, **fields))
+    return judge_of(implementation).with_planted(*planted).rows(case(point, **fields))
+
+
+@functools.cache
+def judge_of(implementation: str) -> Judge:
+    """Share truths and baselines between the tests."""
+    return Judge(implementation=implementation, pool=InThreads())
 
 
 def of_checkpoint(rows: Sequence[Row]) -> list[Row]:

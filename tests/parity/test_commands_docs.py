@@ -143,12 +143,14 @@ def test_the_quick_start_can_be_walked(tmp_path: Path, monkeypatch: pytest.Monke
     """Run, compare, report, resume and history follow one another as on the page."""
     monkeypatch.chdir(tmp_path)
 
+    cases = "w4-tp2-ep4-gas2-*"
+
     def parity(*words: str, judge: FakeJudge | None = None) -> int:
+        words = (*words, "--suite", "seed") if cases in words else words
         done = CliRunner().invoke(cli.main, words, obj=(judge or FakeJudge()).open)
         assert "Traceback" not in done.output
         return done.exit_code
 
-    cases = "w4-tp2-ep4-gas2-*"
     assert parity("run", cases, "--out", "reports/base") == 0
     judge = FakeJudge({"aux-sgd": scaled})
     assert parity("run", cases, "--out", "reports/head", "--quiet", judge=judge) == 1

@@ -75,6 +75,14 @@ def test_a_new_failure_leads_with_family_and_cause() -> None:
     )
 
 
+def test_a_cause_that_fits_every_cell_is_the_one_in_the_headline() -> None:
+    """Two causes fit one shape, one of them the other too: the headline names that one."""
+    ambiguous = [replace(r, causes=("dp", *r.causes) if r.causes else ()) for r in scaled(FOUR)]
+    found = compared([*passing(FOUR), *passing(EIGHT)], [*ambiguous, *scaled(EIGHT)])
+    assert found.headline == "2 of 2 cells got worse: expert gradient x2.000 = tp on 2 shapes."
+    assert {change.causes for change in found.changes} == {("dp", "tp"), ("tp",)}
+
+
 def test_what_failed_before_is_not_worse() -> None:
     """A cell that fails alike is named and does not fail the pull request."""
     found = compared(scaled(FOUR), scaled(FOUR))
@@ -156,9 +164,7 @@ def test_a_pass_that_is_skipped_now_is_lost() -> None:
 
 def test_skipped_before_and_after_is_no_change() -> None:
     """A missing device is no regression; the cell is named all the same."""
-    found = compared(
-        [*passing(EIGHT), *skipped(FOUR)], [*passing(EIGHT), *skipped(FOUR)]
-    )
+    found = compared([*passing(EIGHT), *skipped(FOUR)], [*passing(EIGHT), *skipped(FOUR)])
     assert (found.changes, found.exit_code()) == ((), 0)
     assert found.skipped == ((FOUR.id, "needs a GPU"),)
 
@@ -225,7 +231,8 @@ def test_a_margin_that_shrinks_is_a_note(
     [
         ({"devices": {**RUN["devices"], "machine": "99", "cores": 64}},
          "machines differ: machine 11aa22bb -> 99, cores 2 -> 64"),
-        ({"versions": {**RUN["versions"], "torch": "2.10.0"}}, "versions differ: torch 2.9.0 -> 2.10.0"),
+        ({"versions": {**RUN["versions"], "torch": "2.10.0"}},
+         "versions differ: torch 2.9.0 -> 2.10.0"),
         ({"environment": {}}, "environment differ: OMP_NUM_THREADS 1 -> none"),
         ({"definitions": {FOUR.id: "b"}},
          f"case definitions differ in 1 cell ({FOUR.id}): not the same cells, whatever their id"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,18 @@ def test_the_suite_holds_every_path_and_names_its_implementation() -> None:
         assert {(1, low, short), (1, low, "fp32"), (2, low, short), (2, low, "fp32")} <= paths
     ways = {c.engine.options.get("adapter", {}).get("reduction", "managed") for c in cells}
     assert ways == set(adapter.REDUCTIONS)
+
+
+def test_every_known_finding_is_written_down_and_names_cases() -> None:
+    """Each entry has its page, and each of its patterns a case of the suite."""
+    findings = CASES.parent / "docs" / "findings"
+    ids = [c.id for c in case.load_folder(CASES) if c.suite == "deepspeed"]
+    entries = case.load_toml((findings / "known.toml").read_text())["known"]
+    assert len(entries) >= 10
+    for entry in entries:
+        assert list(findings.glob(f"{entry['finding']}-*")), entry["finding"]
+        for pattern in entry["cases"]:
+            assert fnmatch.filter(ids, pattern), pattern
 
 
 # --- on ranks

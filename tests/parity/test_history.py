@@ -88,7 +88,7 @@ def test_a_run_without_run_json_is_still_a_run(nights: Path) -> None:
 def test_no_run_is_a_usage_error(tmp_path: Path, folder: str) -> None:
     """A folder that is missing or holds no run is said."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no such folder|no run directory"):
+    with pytest.raises(UsageError, match=r"no such folder|no run directory"):
         history.load([tmp_path / folder])
 
 

@@ -20,6 +20,7 @@ CASES = """
 suite = "joined"
 [base]
 model.layers = 1
+deadline_s = 200.0
 [[case]]
 shape = { world = 2, tp = 2, ep = 2 }
 [[case]]

@@ -17,13 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import click
 
-from parity import __version__, cli_explain, cli_reports, cli_suite
+from parity import __version__, cli_reports
 from parity.case import (
     DEFAULT_SUITE,
     Case,
@@ -35,7 +36,6 @@ from parity.case import (
     select,
 )
 from parity.errors import NothingSelectedError, ParityError, UsageError
-from parity.faults.commands import faults
 from parity.fingerprint import commit
 from parity.report import github, tables
 from parity.session import (
@@ -60,8 +60,26 @@ REPORTS = Path("reports")
 _COLOURS = {"pass": "green", "fail": "red", "leak": "red", "error": "magenta", "skipped": "yellow"}
 
 
+_ELSEWHERE = MappingProxyType({
+    "calibrate": "parity.cli_suite", "compare": "parity.cli_reports",
+    "completion": "parity.cli_reports", "explain": "parity.cli_explain",
+    "faults": "parity.faults.commands", "history": "parity.cli_reports",
+    "rank": "parity.cli_reports",
+})  # fmt: skip
+"""Command -> module that has it under its own name; imported when it is asked for."""
+
+
 class _Commands(click.Group):
     """Group that ends with the exit code of our own errors, and with their message alone."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = getattr(import_module(_ELSEWHERE[cmd_name]), cmd_name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -456,9 +474,3 @@ def doctor(ctx: click.Context, /, folder: Path | None, style: str) -> None:
         listed = [check._asdict() for check in found]
         click.echo(json.dumps({"ok": healthy, "checks": listed}, indent=2))
     ctx.exit(0 if healthy else 3)
-
-
-main.add_command(faults)
-cli_reports.register(main)
-cli_suite.register(main)
-cli_explain.register(main)

@@ -24,11 +24,6 @@ from parity.store import RESULTS, Row, RunDirectory, by_case
 _MOST_CASES = 10
 
 
-def register(group: click.Group) -> None:
-    """Add the command to `parity`."""
-    group.add_command(explain)
-
-
 @click.command()
 @click.argument("target", metavar="CASE|RUN_DIR")
 @click.option("--case", "only", metavar="ID", help="Explain this case of the run directory only.")

@@ -1,7 +1,7 @@
 """Commands about runs that have ended: compare, history, completion; and `rank`, for many nodes.
 
-Owns parsing and printing, like `parity.cli`, which they are registered with. Must not import torch
-or pandas before a command needs them.
+Owns parsing and printing, like `parity.cli`, which finds them here. Must not import torch or pandas
+before a command needs them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,6 @@ _TURN_HEADERS = {
 }  # fmt: skip
 _COUNTS = ("cells", "pass", "fail", "leak", "error", "skipped", "runs")
 path_argument = click.Path(path_type=Path)
-
-
-def register(group: click.Group) -> None:
-    """Add the commands to `parity`."""
-    for command in (compare, history, completion, rank):
-        group.add_command(command)
 
 
 # --- compare ------------------------------------------------------------------------------------

@@ -36,11 +36,6 @@ FEWEST_RUNS = 16
 """Runs that leave some for every variation."""
 
 
-def register(group: click.Group) -> None:
-    """Add the commands to `parity`."""
-    group.add_command(calibrate)
-
-
 def matrices(suite: str | None, folder: Path | None) -> dict[Path, Matrix]:
     """Load the matrix of every file of a suite.
 

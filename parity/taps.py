@@ -306,7 +306,7 @@ def lines(found: Sequence[Finding], layout: Layout) -> list[str]:
         for f in shown
     ]
     if wrong is None or wrong.rank is None:
-        return [*said, "no border differs: what is wrong comes after the backward"]
+        return [*said, "no border differs: what is wrong, if anything, comes after the backward"]
     at = layout.coordinate(wrong.rank)
     where = f"rank {wrong.rank} (lane {at.tp}, dp rank {at.dp})"
     said.append(

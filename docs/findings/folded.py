@@ -39,7 +39,7 @@ def steps(rank, c):
     """Yield engine and reference of each step, gradients reduced, the engine's step not done."""
     forget_groups()
     torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(**SIZES, initializer_range=0.3))
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, initializer_range=c.get("init", 0.3)))
     true = MixtralForCausalLM(model.config).double()
     true.load_state_dict(model.to(getattr(torch, c["dtype"])).state_dict())
     for module in model.modules():

@@ -163,6 +163,8 @@ _ROUTER, _NORMS, _EXPERTS = ("router",), ("layernorm",), ("expert",)
 _SHARDED = r"attention\.[qkvo]\.weight|mlp\.w[123]\.weight"
 _TINY = "dtype == 'float64'"
 _EQUAL_LANES = "tp > 1 and not lanes"
+_REBUCKETED = "world <= 4"
+"""Another rule is another bucket, and a sum over five ranks or more rounds by place in a bucket."""
 
 
 def _factors(families: tuple[str, ...], inverse: str) -> tuple[Variant, ...]:
@@ -186,7 +188,7 @@ _RULES = (
         "router-sum", "reduce.rule", "other_rule", "router-summed-over-tp",
         "router s = tp; Adam hides", "tp > 1", _options(rule="SUM", families=_ROUTER),
         imitates="rule of own-token slices applied to a route-full router",
-        cannot=(Blind("tp == 1", "sum over one lane = mean over one lane"),),
+        cannot=(Blind("tp == 1", "sum over one lane = mean over one lane", _REBUCKETED),),
         variants=_factors(_ROUTER, "router-divided-twice-by-tp"), real=True,
     ),
     Fault(
@@ -194,7 +196,7 @@ _RULES = (
         "router s, r irregular (own share x tp); replicas differ", "tp > 1",
         _options(rule="SKIP", families=_ROUTER),
         imitates="router counted as TP-sharded",
-        cannot=(Blind("tp == 1", "the stage is the dp group: AVERAGE = SKIP"),),
+        cannot=(Blind("tp == 1", "the stage is the dp group: AVERAGE = SKIP", _REBUCKETED),),
     ),
     Fault(
         "router-bias-sum", "reduce.rule", "other_rule", "router-summed-over-tp",
@@ -206,7 +208,7 @@ _RULES = (
         "expert-uncancelled", "reduce.rule", "other_rule", "restore-factor-not-cancelled",
         "expert s = tp; Adam hides", "tp > 1", _options(rule="EXPERT", families=_EXPERTS),
         imitates="rule of own-token slices applied to route-full experts",
-        cannot=(Blind("tp == 1", "dp = tp dp"),),
+        cannot=(Blind("tp == 1", "dp = tp dp", _REBUCKETED),),
         variants=_factors(_EXPERTS, "expert-divided-twice-by-tp")[1:],
     ),
     Fault(
@@ -219,7 +221,7 @@ _RULES = (
         "layernorm-sum", "reduce.rule", "other_rule", "replicated-summed-over-tp",
         "layernorm s = tp", "tp > 1", _options(rule="SUM", families=_NORMS),
         imitates="rule of sequence-parallel norms applied to replicated inputs",
-        cannot=(Blind("tp == 1", "sum over one lane = mean over one lane"),),
+        cannot=(Blind("tp == 1", "sum over one lane = mean over one lane", _REBUCKETED),),
         variants=_factors(_NORMS, "replicated-divided-by-tp"),
     ),
     Fault(
@@ -239,13 +241,13 @@ _RULES = (
         "layernorm biases differ by dp rank, weights right", "dp > 1 and biases",
         _options(over="tp", divisor="=tp", pattern=r"norm\.bias"),
         imitates="biases left out of the data-parallel buckets",
-        cannot=(Blind("dp == 1", "the stage is the tp group"),),
+        cannot=(Blind("dp == 1", "the stage is the tp group", _REBUCKETED),),
     ),
     Fault(
         "embedding-sum", "reduce.rule", "other_rule", "replicated-summed-over-tp",
         "embedding s = tp", "tp > 1 and not tied", _options(rule="SUM", families=("embedding",)),
         imitates="rule of a vocabulary-parallel embedding applied to a whole one",
-        cannot=(Blind("tp == 1", "sum over one lane = mean over one lane"),),
+        cannot=(Blind("tp == 1", "sum over one lane = mean over one lane", _REBUCKETED),),
     ),
     Fault(
         "dense-dp-sum", "reduce.reduced", "scaled", "dp-sum-not-averaged",
@@ -261,13 +263,13 @@ _RULES = (
         "TP-sharded dense and attention s = 1/tp", "tp > 1",
         _options(over="dp", divisor="=tp*dp", only="SKIP"),
         imitates="averaging over the world size where the data-parallel size is due",
-        cannot=(Blind("tp == 1", "tp dp = dp"),),
+        cannot=(Blind("tp == 1", "tp dp = dp", _REBUCKETED),),
     ),
     Fault(
         "sharded-averaged", "reduce.rule", "other_rule", "sharded-reduced-over-tp",
         "shards of different lanes mixed: large r", "tp > 1", _options(rule="AVERAGE", only="SKIP"),
         imitates="TP-sharded weights treated as replicated",
-        cannot=(Blind("tp == 1", "the stage is the dp group: AVERAGE = SKIP"),),
+        cannot=(Blind("tp == 1", "the stage is the dp group: AVERAGE = SKIP", _REBUCKETED),),
     ),
     Fault(
         "expert-edp-mean", "reduce.reduced", "scaled", "expert-divided-by-edp",
@@ -298,14 +300,14 @@ _RULES = (
         "other experts' columns mixed in; replicas differ", "not same_groups",
         _options(over="dp", divisor="=tp*dp", families=_EXPERTS),
         imitates="Megatron-LM #1628",
-        cannot=(Blind("same_groups", "dp groups and edp groups are the same ranks"),),
+        cannot=(Blind("same_groups", "dp groups and edp groups are the same ranks", _REBUCKETED),),
     ),
     Fault(
         "expert-unreduced", "reduce.rule", "rule_over", "dp-reduction-missing",
         "expert replicas differ by edp rank", "edp > 1 and etp == 1",
         _options(over="etp", divisor="=tp*dp", families=_EXPERTS),
         imitates="expert parameters left out of every data-parallel group",
-        cannot=(Blind("edp == 1 and etp == 1", "the edp group is the rank alone"),),
+        cannot=(Blind("edp == 1 and etp == 1", "the edp group is the rank alone", _REBUCKETED),),
     ),
     Fault(
         "tied-embedding-twice", "reduce.gradient", "scaled", "tied-reduced-twice",

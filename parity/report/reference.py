@@ -21,8 +21,8 @@ HEAD = """# Case files
 <!-- Written by `parity schema --format md`; a test compares the two. -->
 
 A case file is TOML in a folder `cases/`. It names its suite and gives a matrix over `[axes]`,
-single cases as `[[case]]`, or both; `[base]` holds what they share. Dotted keys and tables are the same
-thing: `model.top_k = 1`, `[model]` with `top_k = 1`.
+single cases as `[[case]]`, or both; `[base]` holds what they share. Dotted keys and tables are the
+same thing: `model.top_k = 1`, `[model]` with `top_k = 1`.
 
 ```toml
 suite = "example"
@@ -43,9 +43,9 @@ id = "one-of-its-own"
 shape = { world = 6, tp = 3, ep = 2 }
 ```
 
-Only `world`, `tp`, `ep`, `etp` (and `pp`) are given; `dp` and `edp` follow from them. An unknown key
-or a value that cannot work is refused before any rank starts, with the values that would do. The id of
-a case says its shape and whatever differs from the defaults below; the seed is no part of it.
+Only `world`, `tp`, `ep`, `etp` (and `pp`) are given; `dp` and `edp` follow from them. An unknown
+key or a value that cannot work is refused before any rank starts, with the values that would do. The
+id of a case says its shape and whatever differs from the defaults below; the seed is no part of it.
 
 `parity show CASE` prints one case with every default; `parity schema` the JSON schema for editors.
 """

@@ -399,6 +399,8 @@ def show(
     if matrix == (selector is not None):
         raise UsageError("show takes either a case or --matrix (with --suite)")
     if selector is None:
+        from parity import cli_suite
+
         cli_suite.print_matrix(suite, folder, style)
         return
     cases = select([selector], suite=suite, folder=folder)

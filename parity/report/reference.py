@@ -45,7 +45,8 @@ shape = { world = 6, tp = 3, ep = 2 }
 
 Only `world`, `tp`, `ep`, `etp` (and `pp`) are given; `dp` and `edp` follow from them. An unknown
 key or a value that cannot work is refused before any rank starts, with the values that would do.
-The id of a case says its shape and whatever differs from the defaults below; the seed is no part of it.
+The id of a case says its shape and whatever differs from the defaults below; the seed is no part
+of it.
 
 `parity show CASE` prints one case with every default; `parity schema` the JSON schema for editors.
 """

@@ -15,6 +15,7 @@ from parity import judge, models, reference, threads
 from parity.case import Case, Flat, Matrix, flatten, load_file, load_matrix, make, parse_file
 from parity.errors import CaseError
 from parity.store import FAILING, Row
+from parity.trial import Planted
 
 FILE = Path(__file__).resolve().parents[2] / "cases" / "default.toml"
 SIXTY_FOUR_U = 64 * 2.0**-53
@@ -24,6 +25,7 @@ class ThreadPool:
     """Stands in for the gangs: every world is threads of this process."""
 
     def run(self, _world: int, task: str, payloads: Sequence[Any], *_: Any) -> list[Any]:
+        """Run the order in threads, as the task asks for its results."""
         results = threads.run(None, payloads[0])
         return [results] if task == "parity.threads:run" else results
 
@@ -35,11 +37,13 @@ def rows_of(case: Case, **judging: Any) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
+    """Give all cases of the file."""
     return load_file(FILE)
 
 
 @pytest.fixture(scope="module")
 def matrix() -> Matrix:
+    """Give the matrix of the file."""
     return load_matrix(FILE)
 
 
@@ -124,12 +128,12 @@ def tied(**fields: Any) -> Case:
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_tied_logits_are_bitwise_equal_in_every_dtype(top_k: int) -> None:
-    """Experts 0-2, 3-5, 6-8 and 9-10 have one logit each; of a tied group the lowest are chosen."""
+    """Experts 0-2, 3-5, 6-8 and 9-11 have one logit each; of a tied group the lowest are chosen."""
     spec = tied(**{"model.top_k": top_k}).model
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        moe = models.moe_layers(models.build(spec, 3, idle_expert=True, ties=True))[0].to(dtype)
+        moe = models.moe_layers(models.build(spec, 3, idle_expert=False, ties=True))[0].to(dtype)
         moe(torch.randn(1, 7, spec.hidden, generator=torch.Generator().manual_seed(1)).to(dtype))
-        for group in ((0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10)):
+        for group in ((0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)):
             assert bool((moe.logits_TE[:, group] == moe.logits_TE[:, group[:1]]).all())
         for chosen in moe.indices_TK.tolist():
             for expert in chosen:
@@ -145,13 +149,10 @@ def test_the_margin_of_tied_logits_is_the_gap_between_groups() -> None:
     assert margins == [2.0, 2.0, 1.0]
 
 
-def test_an_implementation_that_breaks_ties_otherwise_fails(monkeypatch: Any) -> None:
+def test_an_implementation_that_breaks_ties_otherwise_fails() -> None:
     """Logits a hair higher for higher indices route elsewhere: the routing rows say so."""
-    from parity.trial import Planted
-
     assert not [row for row in rows_of(tied()) if row.verdict in FAILING]
-    planted = Planted("router.logits", "tests.parity.test_default_suite:favour_higher", {})
-    monkeypatch.setitem(__import__("sys").modules, "tests.parity.test_default_suite", _module())
+    planted = Planted("router.logits", "tests.parity.test_default_suite:favour_higher")
     failing = [row for row in rows_of(tied(), planted=(planted,)) if row.verdict in FAILING]
     assert "routing" in {row.quantity for row in failing}
 
@@ -159,14 +160,6 @@ def test_an_implementation_that_breaks_ties_otherwise_fails(monkeypatch: Any) ->
 def favour_higher(logits_TE: torch.Tensor, **_: Any) -> torch.Tensor:
     """Add a few round-offs that grow with the index."""
     return logits_TE + 1e-5 * torch.arange(logits_TE.shape[-1])
-
-
-def _module() -> Any:
-    import types
-
-    module = types.ModuleType("tests.parity.test_default_suite")
-    module.favour_higher = favour_higher  # type: ignore[attr-defined]
-    return module
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,12 @@ class LowPrecision(TorchDispatchMode):
 
 
 def spec(name: str) -> Model:
+    """Give a tiny model whose heads three and two lanes can share."""
     return Model.model_validate({"name": name, "heads": 6})
 
 
 def tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Draw one sequence of nine tokens and its labels."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(37, (2, 1, 9), generator=generator)
     return drawn[0], drawn[1]
@@ -98,12 +100,14 @@ def _choose(gate: hugging_face.Gate, logits_TE: Tensor) -> Tensor:
     """Let the model's own gate choose from given logits: inputs are the logits, weights one."""
     module = gate.module
     identity = torch.nn.Parameter(torch.eye(logits_TE.shape[1], dtype=torch.float64))
-    kept, module.weight = module.weight, identity  # type: ignore[assignment]
-    hidden, module.hidden_dim = module.hidden_dim, logits_TE.shape[1]  # type: ignore[assignment]
+    kept, module.weight = module.weight, identity
+    hidden = module.hidden_dim
+    setattr(module, "hidden_dim", logits_TE.shape[1])  # noqa: B010 - typed as a submodule
     try:
         indices: Tensor = module(logits_TE)[2]
     finally:
-        module.weight, module.hidden_dim = kept, hidden  # type: ignore[assignment]
+        module.weight = kept
+        setattr(module, "hidden_dim", hidden)  # noqa: B010 - typed as a submodule
     return indices
 
 

@@ -50,6 +50,9 @@ GRACE_S = 0.3
 """After a real error: time for reports that are on their way, which may be earlier errors."""
 ECHO_GRACE_S = 1.0
 """After nothing but echoes: time for the rank that they echo."""
+REFUSAL_GRACE_S = 5.0
+"""After nothing but refusals, which every rank is to raise: on a busy machine the others may still
+be importing what refuses."""
 ASK_S = 1.0
 """Time for a rank's watcher to answer where it stands; then faulthandler is asked."""
 SIGNAL_S = 0.5
@@ -370,6 +373,8 @@ def _grace(outcomes: Iterable[Outcome]) -> float:
     failures = _failures(outcomes)
     if not failures:
         return float("inf")
+    if all(isinstance(f, Raised) and f.refusal for f in failures):
+        return REFUSAL_GRACE_S
     echoes = all(isinstance(f, Raised) and f.echo for f in failures)
     return ECHO_GRACE_S if echoes else GRACE_S
 

@@ -137,7 +137,7 @@ def test_single_cases_stand_on_base_and_may_name_themselves(tmp_path: Path) -> N
         ('suite = "s"\n[base]\nshape.world = 1', "no case"),
         ('suite = "s"\n[axes]\nsteps = []', "at least one entry"),
         ('suite = "s"\n[axes]\nsteps = 1', "at least one entry"),
-        ('suite = "s"\ncases = 1', "allowed: suite, description, base, axes"),
+        ('suite = "s"\ncases = 1', "allowed: suite, description, implementation, base, axes"),
         ('suite = "two words"', "suite"),
         ("description = 'x'", "suite: required key is missing"),
         ('suite = "s"\n[[override]]\nwhen = {}\nset = {}', "no matrix"),

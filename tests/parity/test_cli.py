@@ -23,7 +23,7 @@ from parity.store import Row, RunDirectory, by_case
 from tests.parity.example_rows import FakeJudge, passing, row, scaled
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-FOUR = "w4-tp2-ep4-gas2-*"
+FOUR = "w4-tp2-ep4-gas2-*[px]-[as]*"
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_exit_codes_by_verdict() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["run", "w9*"], 5, "no case matches 'w9*'"),
+        (["run", "w97*"], 5, "no case matches 'w97*'"),
         (["run", "--suite", "absent"], 2, "unknown suite 'absent'; allowed: "),
         (["run", "--format", "pdf"], 2, "'pdf' is not one of"),
         (["run", "--resume", "absent"], 2, "no run directory"),
@@ -169,7 +169,7 @@ def test_the_judge_is_asked_in_gang_order_with_the_options() -> None:
         "--device", "cuda", "--out", "out", judge=judge,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert judge.opened == [("my.module:Mine", "cuda", "w4-tp2-ep4-steps2-adam-fp32", 16)]
+    assert judge.opened == [("my.module:Mine", "cuda", "w4-tp2-ep4-steps2-adam-fp32", 32)]
     assert [name[:2] for name in judge.seen] == ["w4", "w4", "w8", "w8"]
     assert not judge.is_open
 
@@ -261,7 +261,7 @@ def test_out_names_the_directory_and_is_never_mixed(folder: Path) -> None:
     """--out is the run directory itself; a second run into it is refused."""
     assert parity("run", FOUR, "--out", "mine", judge=FakeJudge()).exit_code == 0
     assert sorted(p.name for p in (folder / "mine").iterdir()) == [
-        "report.md", "results.jsonl", "run.json",
+        "ctrf.json", "junit.xml", "report.html", "report.md", "results.jsonl", "run.json",
     ]  # fmt: skip
     assert not (folder / "reports").exists()
     done = parity("run", FOUR, "--out", "mine", judge=FakeJudge())

@@ -34,7 +34,7 @@ def made(**fields: Any) -> Case:
     return case.make({**flat, **fields}, suite="s", file="f")
 
 
-def written(layout: Layout, switches: Switches | None = None, **fields: Any) -> dict[str, Any]:
+def written(layout: Layout, switches: Switches | None = None, /, **fields: Any) -> dict[str, Any]:
     """Write DeepSpeed's config of a case."""
     order = Order(made(**fields), "deepspeed", layout, 0, 0.1, 0.5)
     return engine_config(

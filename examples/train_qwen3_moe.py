@@ -2,7 +2,7 @@
 
 import torch
 from torch import distributed as dist
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fold_impl

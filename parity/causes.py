@@ -231,7 +231,7 @@ _REDUCTIONS = (
     Cause(
         "dp-reduction-missing", "ranks_differ",
         "each dp rank keeps the gradient of its own tokens: replicas differ by dp (or edp) rank",
-        EVERY, shows=lambda s: s.dp > 1,
+        EVERY, shows=lambda s: True if s.dp > 1 else _maybe(s.edp > 1),
     ),
     Cause(
         "expert-reduced-over-wrong-group", "wrong_group",

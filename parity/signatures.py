@@ -75,6 +75,8 @@ def _ranks_differ(_: Cause, o: Observation) -> bool:
 
 
 def _drift(_: Cause, o: Observation) -> bool:
+    if o.bad("grad_norm"):
+        return False  # ranks that clip by different norms drift apart: the norm is the cause
     return bool(o.bad("replica")) and not o.bad("gradient") and not o.forward_differs
 
 
@@ -418,7 +420,10 @@ def _norm_high(_: Cause, o: Observation) -> bool:
 
 def _norm_low(_: Cause, o: Observation) -> bool:
     rows = o.bad("grad_norm")
-    return _gradients_right(o) and bool(rows) and all((r.ratio or 0.0) < 1.0 for r in rows)
+    if any((r.detail or {}).get("kind") != "parameter" for r in o.bad("replica")):
+        return False  # weights alone may differ: each rank clips by its own norm
+    wrong = o.bad("gradient") or o.bad("loss") or o.bad("routing")
+    return not wrong and bool(rows) and all((r.ratio or 0.0) < 1.0 for r in rows)
 
 
 def _update_only(o: Observation) -> bool:

@@ -372,7 +372,7 @@ _LAYER = (
         imitates="expert index counted from 1",
     ),
     Fault(
-        "experts-swapped-on-a-lane", "dispatch.experts", "swapped_experts", "expert-permutation",
+        "experts-swapped-on-a-lane", "dispatch.experts", "swapped_experts", "rows-lost-or-shifted",
         "two experts' rows exchanged on one lane", "tp > 1",
         _options(pair=(0, 1), lanes=(1,), tp="=tp"),
         imitates="count exchange transposed for one rank",

@@ -70,9 +70,10 @@ def test_a_pure_scale_has_its_excess_to_full_precision(excess: float, seed: int)
 def test_metrics_survive_extreme_magnitudes(exponent: int) -> None:
     """Squares of these entries over- or underflow; the metrics are those of ordinary ones."""
     base = torch.tensor([8.0, 16.0, 32.0, 64.0], dtype=F64)
-    power = torch.tensor(exponent // 2, dtype=F64).exp2(), torch.tensor(
-        exponent - exponent // 2, dtype=F64
-    ).exp2()
+    power = (
+        torch.tensor(exponent // 2, dtype=F64).exp2(),
+        torch.tensor(exponent - exponent // 2, dtype=F64).exp2(),
+    )
     expected = base * power[0] * power[1]
     actual = expected.clone()
     actual[2] *= 2
@@ -365,8 +366,7 @@ def test_a_norm_no_rank_reports_is_skipped_with_its_reason() -> None:
 def maps() -> list[list[Tensor]]:
     """Routing of one rank's step: two micro-batches of two layers, 3 tokens, k 2."""
     return [
-        [torch.tensor([[0, 1], [2, 3], [1, 3]]) + 4 * layer for layer in range(2)]
-        for _ in range(2)
+        [torch.tensor([[0, 1], [2, 3], [1, 3]]) + 4 * layer for layer in range(2)] for _ in range(2)
     ]
 
 
@@ -424,9 +424,7 @@ def replicas(pieces: list[Tensor], placement: str = "norm") -> Assembled:
 
 def test_replicas_that_agree_pass_with_zero() -> None:
     """One row per tensor, also where nothing differs."""
-    (row,) = replica_rows(
-        context(), replicas([torch.ones(3)] * 4), PLACEMENTS, LAYOUT, "parameter"
-    )
+    (row,) = replica_rows(context(), replicas([torch.ones(3)] * 4), PLACEMENTS, LAYOUT, "parameter")
     assert (row.quantity, row.error, row.threshold, row.verdict) == ("replica", 0.0, 0.0, "pass")
     assert (row.family, row.detail) == ("layernorm", {"kind": "parameter"})
 

@@ -23,7 +23,6 @@ from tests.parity.example_tensors import (
 Plant = Callable[[Tensors], None]
 
 
-
 def shares(seed: int, count: int = 6) -> list[Tensors]:
     """Draw the gradient shares of several ranks."""
     return [draw(1000 * seed + index) for index in range(count)]

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -246,6 +247,10 @@ def build_zero_engine(
     Collective: every rank of the world, with the same arguments but its own parts.
     """
     if not comm.is_initialized():
+        if dist.get_backend() == "gloo":
+            # ranks race for compiling an operator that Gloo does without, and the losers fail
+            known = getattr(deepspeed.ops, "__compatible_ops__", {})
+            vars(deepspeed.ops)["__compatible_ops__"] = {**known, "deepspeed_shm_comm": False}
         comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
     plan = make_plan(parameters, groups, new_group, points)
     for member in plan.members:

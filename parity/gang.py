@@ -123,6 +123,8 @@ class Server:
             wait_s = 0.0
             try:
                 text = self._sock.recv(MESSAGE_BYTES)
+            except ConnectionResetError:
+                continue  # it closed with a request of ours unread; its last words are still queued
             except OSError:
                 text = b""
             ended = {"broken": f"it ended\n{self._log()}"}

@@ -119,5 +119,5 @@ def test_the_committed_report_keeps_what_is_promised() -> None:
     counts = re.findall(r"\*\*(\d+) false alarms in (\d+) benign runs", text)
     assert len(counts) == 2
     assert all(int(alarms) == 0 and int(runs) >= 1000 for alarms, runs in counts)
-    (worst,) = re.findall(r"router logit: ([\d.]+) u", text)
-    assert float(worst) <= judge.LOGIT_ERROR_U
+    worst = re.findall(r"router logit: ([\d.]+) u", text)
+    assert 0.0 < max(map(float, worst)) <= judge.LOGIT_ERROR_U

@@ -424,3 +424,43 @@ def test_ids_spell_out_known_options_and_hash_the_rest() -> None:
     other = identify({"shape.world": 2, **known, "engine.options.x": 1})
     assert re.fullmatch("w2-overlap-bucket500-acc_fp32-options[0-9a-f]{6}-sgd-fp32", other)
     assert other != identify({"shape.world": 2, **known, "engine.options.x": 2})
+
+
+# --- pairwise samples ---------------------------------------------------------------------------
+
+
+def test_a_pairwise_sample_holds_every_pair_that_is_not_excluded(tmp_path: Path) -> None:
+    """Of 27 cells 9 hold all 27 pairs; the excluded pair is avoided, not filtered away."""
+    text = """
+        suite = "s"
+        sample = "pairwise"
+        [base]
+        shape.world = 4
+        [axes]
+        engine.gas = [1, 2, 3]
+        model.top_k = [1, 2, 4]
+        steps = [1, 2, 3]
+        [[exclude]]
+        when = { engine.gas = 3, steps = 3 }
+        """
+    cells = {(c.engine.gas, c.model.top_k, c.steps) for c in load_file(write(tmp_path, text))}
+    assert len({(gas, k) for gas, k, _ in cells}) == len({(k, t) for _, k, t in cells}) == 9
+    assert {(gas, t) for gas, _, t in cells} == {
+        (g, t) for g in (1, 2, 3) for t in (1, 2, 3) if (g, t) != (3, 3)
+    }
+    assert len(cells) < 27
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("cells = 5", "cells: the product has as many cells as it has"),
+        ('sample = "pairwise"', "axes: has no pairs"),
+        ('sample = "triples"', "'product' or 'pairwise'"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused(tmp_path: Path, lines: str, says: str) -> None:
+    """A minimum without a sample, a sample of one axis, an unknown way to sample."""
+    text = f'suite = "s"\n{lines}\n[axes]\nshape.world = [2, 4]\n'
+    with pytest.raises(CaseError, match=says):
+        load_file(write(tmp_path, text))

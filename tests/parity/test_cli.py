@@ -340,6 +340,17 @@ def test_show_resolves_a_case() -> None:
     assert shown["groups"]["expert"]["ep"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
+def test_show_matrix_counts_axes_and_pairs() -> None:
+    """The 8 shapes of seed with 8 cells each; 4 axes of 8, 2, 2, 2 entries have 60 pairs."""
+    done = parity("show", "--matrix", "--suite", "seed")
+    assert "world = 4, tp = 2, ep = 4" in done.stdout
+    assert "60 of 60 possible ones occur" in done.stdout
+    (shown,) = json.loads(parity("show", "--matrix", "--suite", "seed", "--format", "json").stdout)
+    assert {*shown["axes"]["shape"].values()} == {8}
+    assert parity("show", "--matrix", "--suite", "none").exit_code == 2
+    assert parity("show").exit_code == 2
+
+
 def test_report_is_rebuilt_from_results(folder: Path) -> None:
     """report.md follows from results.jsonl alone, run.json or not; rebuilding is no verdict."""
     parity("run", FOUR, "--out", "mine", judge=FakeJudge({"clip-sgd": scaled}))

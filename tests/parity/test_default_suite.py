@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from parity import judge, models, reference, threads
+from parity import batches, judge, models, reference, threads
 from parity.case import Case, Flat, Matrix, flatten, load_file, load_matrix, make, parse_file
 from parity.errors import CaseError
 from parity.store import FAILING, Row
@@ -171,6 +171,33 @@ def test_ties_that_would_not_be_exact_or_not_cut_are_refused(
     """Three of a group of three cut no tie, and after a step tied rows have moved apart."""
     with pytest.raises(CaseError, match=key):
         tied(**fields)
+
+
+# --- routing guard ------------------------------------------------------------------------------
+
+
+def test_a_seed_too_near_a_tie_is_drawn_again_and_the_rows_say_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the guard just above the margin of the first seed, the rows tell of a further draw."""
+    case = tied(**{"data.ties": False})
+
+    def margin(seed: int) -> float:
+        model = models.build(case.model, seed, idle_expert=True)
+        drawn = batches.make(case, case.layout.dp, 1, seed)
+        weights = {n: p.detach().float() for n, p in model.named_parameters()}
+        return reference.evaluate(case, model, weights, drawn).margin
+
+    margins = {seed: margin(seed) for seed in range(4)}
+    seed = min(margins, key=margins.__getitem__)
+    assert margins[seed] < margin(seed + 1000)
+    guard = 1.001 * margins[seed] / (judge.LOGIT_ERROR_U * 2.0**-24)
+    monkeypatch.setattr(judge, "GUARD", guard)
+    rows = rows_of(case.model_copy(update={"seed": seed}))
+    assert {(row.detail or {}).get("draws") for row in rows} == {2}
+    monkeypatch.setattr(judge, "GUARD", guard * 0.99)
+    rows = rows_of(case.model_copy(update={"seed": seed}))
+    assert not any("draws" in (row.detail or {}) for row in rows)
 
 
 # --- runs ---------------------------------------------------------------------------------------

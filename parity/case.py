@@ -631,7 +631,7 @@ def load_file(path: Path) -> list[Case]:
     Raises:
         CaseError: the file cannot be read, is malformed, or a case of it is refused.
     """
-    parsed, file = parse_file(path), _display(path)
+    parsed, file = parse_file(path), display(path)
     about = {"suite": parsed.suite, "file": file, "implementation": parsed.implementation}
     matrix = [make(cell, **about) for cell in matrix_of(parsed, file).cells]  # type: ignore[arg-type]
     cases = [*matrix, *_singles(parsed, file)]
@@ -643,7 +643,7 @@ def load_file(path: Path) -> list[Case]:
 
 def load_matrix(path: Path) -> Matrix:
     """Read the matrix of one case file."""
-    return matrix_of(parse_file(path), _display(path))
+    return matrix_of(parse_file(path), display(path))
 
 
 def parse_file(path: Path) -> CaseFile:
@@ -652,7 +652,7 @@ def parse_file(path: Path) -> CaseFile:
     Raises:
         CaseError: the file cannot be read or is malformed.
     """
-    file = _display(path)
+    file = display(path)
     try:
         table = load_toml(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
@@ -675,7 +675,7 @@ def _file_refusal(error: Mapping[str, Any], file: str) -> CaseError:
                      allowed=list(part.model_fields))  # fmt: skip
 
 
-def _display(path: Path) -> str:
+def display(path: Path) -> str:
     """Show a path as the user would type it: relative where it lies under the working folder."""
     here = Path.cwd()
     full = path.resolve()

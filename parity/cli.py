@@ -37,6 +37,8 @@ from parity.case import (
 )
 from parity.errors import NothingSelectedError, ParityError, UsageError
 from parity.fingerprint import commit
+from parity.known import Assessment, FailOn, assess
+from parity.known import load as load_known
 from parity.report import github, tables
 from parity.session import (
     DEFAULT_IMPLEMENTATION,
@@ -98,6 +100,11 @@ suite_option = click.option(
     shell_complete=cli_reports.complete_suites,
 )  # fmt: skip
 
+known_option = click.option(
+    "--known", "known_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="List of known findings; default: the one of this project.",
+)  # fmt: skip
+
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="parity")
@@ -138,12 +145,17 @@ def main() -> None:
     "--resume", type=click.Path(path_type=Path), metavar="DIR",
     help="Finish a run that was cut off: its own selection, errored cases again.",
 )  # fmt: skip
+@click.option(
+    "--fail-on", type=click.Choice(["any", "new"]), default="any", show_default=True,
+    help="new: failures that are known findings do not count for the exit code.",
+)  # fmt: skip
+@known_option
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.pass_context
 def run(
     ctx: click.Context, /, selectors: tuple[str, ...], suite: str | None, folder: Path | None,
     implementation: str | None, device: str | None, out: Path | None, style: str,
-    resume: Path | None, quiet: bool,
+    resume: Path | None, fail_on: FailOn, known_file: Path | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Run cases folded and not folded, compare them, and write a report.
 
@@ -152,6 +164,7 @@ def run(
     """
     started = time.perf_counter()
     kept: list[Row] = []
+    listed = load_known(known_file)
     if resume is not None:
         if selectors or suite or folder or implementation or device or out:
             raise UsageError("--resume takes selection, implementation and device from its run")
@@ -176,13 +189,14 @@ def run(
     done = {row.case for row in kept}
     recorder = Recorder(
         directory, selection, _command(), kept=kept, started=started,
-        is_default=directory.path.parent == REPORTS, cases=cases,
+        is_default=directory.path.parent == REPORTS, cases=cases, listed=listed,
     )  # fmt: skip
     opener: OpenJudge = ctx.obj or open_judge
     left = [case for case in run_order(cases) if case.id not in done]
     state = _run_cases(opener, left, recorder, _Progress(len(cases), len(done), quiet))
-    print_run(recorder.rows, recorder.selection, directory, style, recorder.exit_code())
-    ctx.exit(INTERRUPTED if state == "interrupted" else recorder.exit_code())
+    code = recorder.exit_code(fail_on)
+    print_run(recorder.rows, recorder.selection, directory, style, code, recorder.known)
+    ctx.exit(INTERRUPTED if state == "interrupted" else code)
 
 
 def _chosen(selection: Selection) -> list[Case]:
@@ -289,17 +303,18 @@ class _Progress:
 
 
 def print_run(
-    rows: Sequence[Row], selection: Selection, directory: RunDirectory, style: str, code: int
-) -> None:
+    rows: Sequence[Row], selection: Selection, directory: RunDirectory, style: str, code: int,
+    known: Assessment,
+) -> None:  # fmt: skip
     """Print the result of a run in one of the formats."""
     if style == "md":
         click.echo((directory.path / "report.md").read_text(encoding="utf-8"), nl=False)
     elif style == "json":
-        click.echo(json.dumps(_summary(rows, selection, directory, code), indent=2))
+        click.echo(json.dumps(_summary(rows, selection, directory, code, known), indent=2))
     elif style == "github":
-        _print_github(rows, selection, directory)
+        _print_github(rows, selection, directory, known)
     else:
-        click.echo(tables.terminal(rows, selection.rerun, paint=_painter()))
+        click.echo(tables.terminal(rows, selection.rerun, paint=_painter(), known=known))
         click.echo(f"report: {directory.path / 'report.md'}")
         click.echo(f"page: {directory.path / 'report.html'}")
 
@@ -312,30 +327,34 @@ def _painter() -> Callable[[str], str]:
 
 
 def _summary(
-    rows: Sequence[Row], selection: Selection, directory: RunDirectory, code: int
-) -> dict[str, Any]:
+    rows: Sequence[Row], selection: Selection, directory: RunDirectory, code: int,
+    known: Assessment,
+) -> dict[str, Any]:  # fmt: skip
     """Sum a run up for another program; every row is in results.jsonl."""
     return {
         "schema": 1,
-        "headline": tables.headline(rows),
+        "headline": tables.headline(rows, known),
         "exit_code": code,
         "directory": str(directory.path),
         "counts": tables.counts(rows),
-        "families": tables.family_lines(rows),
-        "model": tables.model_lines(rows),
+        "known": known.to_dict(),
+        "families": tables.family_lines(rows, known),
+        "model": tables.model_lines(rows, known),
         "failures": [
             {"case": f.case, "verdict": f.verdict, "causes": list(f.causes), "rerun": f.rerun,
-             "rows": [row.to_dict() for row in f.rows]}
-            for f in tables.failures(rows, selection.rerun)
+             "known": f.is_known, "rows": [row.to_dict() for row in f.rows]}
+            for f in tables.failures(rows, selection.rerun, known=known)
         ],
     }  # fmt: skip
 
 
-def _print_github(rows: Sequence[Row], selection: Selection, directory: RunDirectory) -> None:
+def _print_github(
+    rows: Sequence[Row], selection: Selection, directory: RunDirectory, known: Assessment
+) -> None:
     """Print annotations, and add the report to the step summary."""
-    for line in github.annotation_lines(tables.failures(rows, selection.rerun)):
+    for line in github.annotation_lines(tables.failures(rows, selection.rerun, known=known)):
         click.echo(line)
-    click.echo(tables.headline(rows))
+    click.echo(tables.headline(rows, known))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         report = (directory.path / "report.md").read_text(encoding="utf-8")
         with open(summary, "a", encoding="utf-8") as file:
@@ -437,12 +456,14 @@ def _rank_tables(case: Case) -> dict[str, dict[str, tuple[tuple[int, ...], ...]]
     "--format", "style", type=click.Choice(["table", "md", "json", "github"]), default="table",
     show_default=True,
 )  # fmt: skip
-def report(folder: Path, style: str) -> None:
+@known_option
+def report(folder: Path, style: str, known_file: Path | None) -> None:
     """Rebuild every report of a run directory from its results.jsonl, and print one."""
     directory = RunDirectory.open(folder)
-    rows = directory.rows()
-    write_report(directory, rows)
-    print_run(rows, Selection.from_run(directory.run()), directory, style, exit_code_of(rows))
+    rows, about = directory.rows(), directory.run()
+    known = assess(rows, load_known(known_file), about.get("versions") or {})
+    write_report(directory, rows, known)
+    print_run(rows, Selection.from_run(about), directory, style, exit_code_of(rows), known)
 
 
 @main.command()

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ def commit(folder: Path | None = None) -> str:
     return f"{name}-dirty" if changed else name
 
 
-def versions() -> dict[str, str | None]:
-    """Give the version of Python and of each package that matters; None: not installed."""
+def versions(others: Iterable[str] = ()) -> dict[str, str | None]:
+    """Give the version of Python, of each package that matters and of others; None: none here."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in dict.fromkeys((*PACKAGES, *sorted(others))):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -81,11 +82,11 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)}
 
 
-def fingerprint() -> dict[str, Any]:
-    """Take all of it, for run.json."""
+def fingerprint(packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Take all of it, for run.json, with the versions of further packages."""
     return {
         "commit": commit(),
-        "versions": versions(),
+        "versions": versions(packages),
         "devices": devices(),
         "environment": environment(),
         "executable": sys.executable,

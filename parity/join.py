@@ -229,6 +229,7 @@ def _judge(selection: Selection, out: Path | None, joined: Joined) -> int:
     from parity.case import run_order, select
     from parity.fingerprint import commit
     from parity.judge import Judge
+    from parity.known import load
     from parity.report import tables
     from parity.session import Recorder, judge_case
     from parity.store import RunDirectory
@@ -238,7 +239,9 @@ def _judge(selection: Selection, out: Path | None, joined: Joined) -> int:
     root = Path("reports")
     directory = RunDirectory.create(out, root=root, commit=commit())
     command = f"parity rank {' '.join(selection.selectors)}, {joined.world_size} ranks"
-    recorder = Recorder(directory, selection, command, is_default=out is None, cases=cases)
+    recorder = Recorder(
+        directory, selection, command, is_default=out is None, cases=cases, listed=load()
+    )
     judge = Judge(
         implementation=selection.implementation, pool=joined, device=selection.device,
         num_gpus=joined.world_size,
@@ -254,6 +257,6 @@ def _judge(selection: Selection, out: Path | None, joined: Joined) -> int:
         state = "interrupted"
     finally:
         recorder.close(state)
-    click.echo(tables.terminal(recorder.rows, selection.rerun))
+    click.echo(tables.terminal(recorder.rows, selection.rerun, known=recorder.known))
     click.echo(f"report: {directory.path / 'report.md'}")
     return recorder.exit_code()

@@ -9,6 +9,7 @@ workers have ranks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Generator, Iterable
@@ -19,6 +20,7 @@ import pytest
 
 if TYPE_CHECKING:
     from parity.case import Case
+    from parity.known import KnownFindings
     from parity.session import Finished, Judging, Recorder, Selection
 
 _PAYLOAD = "parity_case"
@@ -36,6 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--parity-out", metavar="DIR", help="run directory: reports/<timestamp>-<commit>"
     )
+    group.addoption(
+        "--parity-fail-on", choices=("any", "new"), default="any",
+        help="new: failures that are known findings are expected (xfail)",
+    )  # fmt: skip
+    group.addoption("--parity-known", metavar="FILE", help="list of known findings")
     parser.addini("parity_suite", "suite whose cases are always collected", default="")
 
 
@@ -45,6 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
     plugin = ParityPlugin(config)
     if plugin.suite:
         plugin.collect_suite()
+    if config.getoption("--parity-known"):
+        _ = plugin.listed  # a bad list is refused before anything runs
     config.pluginmanager.register(plugin, "parity-session")
 
 
@@ -93,6 +102,8 @@ class CaseItem(pytest.Item):
         Raises:
             CaseFailed: a row is not a pass.
         """
+        from parity.fingerprint import versions
+        from parity.known import assess
         from parity.report import tables
         from parity.store import FAILING
 
@@ -101,8 +112,12 @@ class CaseItem(pytest.Item):
         if self.finished.verdict == "skipped":
             pytest.skip("; ".join(dict.fromkeys(row.reason or "" for row in rows)))
         if self.finished.verdict in FAILING:
-            rerun = self.plugin.selection.rerun
-            raise CaseFailed("\n".join(map(tables.block, tables.failures(rows, rerun))))
+            listed = self.plugin.listed
+            known = assess(rows, listed, versions(listed.packages))
+            (failure,) = tables.failures(rows, self.plugin.selection.rerun, known=known)
+            if failure.is_known and self.config.getoption("--parity-fail-on") == "new":
+                pytest.xfail(f"known: {', '.join(failure.marks)}")
+            raise CaseFailed(tables.block(failure))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """Show findings and usage errors alone, without the way through the harness."""
@@ -176,6 +191,18 @@ class ParityPlugin:
 
     # running
 
+    @functools.cached_property
+    def listed(self) -> KnownFindings:
+        """Read the known findings."""
+        from parity.errors import ParityError
+        from parity.known import load
+
+        given = self.config.getoption("--parity-known")
+        try:
+            return load(Path(given) if given else None)
+        except ParityError as problem:
+            raise pytest.UsageError(str(problem)) from None
+
     @property
     def selection(self) -> Selection:
         """Say what is judged, for the record and for the commands that run a case again."""
@@ -223,7 +250,8 @@ class ParityPlugin:
                 "file": self._files.get(finished.case), "definition": finished.definition,
             }  # fmt: skip
             report.__dict__[_PAYLOAD] = json.dumps(payload, allow_nan=False)
-            if report.skipped and call.excinfo is not None:  # its place is the case, not this file
+            skips = report.skipped and not hasattr(report, "wasxfail")
+            if skips and call.excinfo is not None:  # its place is the case, not this file
                 report.longrepr = (str(item.path), 1, f"Skipped: {call.excinfo.value}")
         return report
 
@@ -257,7 +285,7 @@ class ParityPlugin:
             words = map(str, self.config.invocation_params.args)
             self._recorder = Recorder(
                 directory, self.selection, " ".join(["pytest", *words]),
-                started=self._started, is_default=not out,
+                started=self._started, is_default=not out, listed=self.listed,
             )  # fmt: skip
         return self._recorder
 
@@ -279,7 +307,7 @@ class ParityPlugin:
             from parity.report.tables import headline
 
             terminalreporter.section("parity")
-            terminalreporter.write_line(headline(self._recorder.rows))
+            terminalreporter.write_line(headline(self._recorder.rows, self._recorder.known))
             folder = self._recorder.directory.path
             terminalreporter.write_line(f"report: {folder / 'report.md'}")
             terminalreporter.write_line(f"page: {folder / 'report.html'}")

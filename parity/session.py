@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from parity.case import Case, find_folder
 from parity.errors import InfrastructureError, UsageError
 from parity.fingerprint import fingerprint, visible_gpus
+from parity.known import Assessment, FailOn, KnownFindings, assess
 from parity.report import ctrf, html, junit, markdown, tables
 from parity.report.cells import cells
 from parity.store import Row, RunDirectory, by_case, case_verdict, definition_of
@@ -154,9 +155,14 @@ def exit_code(verdicts: Iterable[str]) -> int:
     return 0 if "pass" in found else 5
 
 
-def exit_code_of(rows: Iterable[Row]) -> int:
-    """Give the exit code for a set of rows."""
-    return exit_code(case_verdict(of_case) for of_case in by_case(rows).values())
+def exit_code_of(
+    rows: Iterable[Row], known: Assessment | None = None, fail_on: FailOn = "any"
+) -> int:
+    """Give the exit code for a set of rows; with `new`, known failures count as passes."""
+    verdicts = {case: case_verdict(of_case) for case, of_case in by_case(rows).items()}
+    if known is not None and fail_on == "new":
+        verdicts |= {case: "pass" for case in known.marks if known.is_known(case)}
+    return exit_code(verdicts.values())
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ class Recorder:
     def __init__(
         self, directory: RunDirectory, selection: Selection, command: str, *,
         kept: Sequence[Row] = (), started: float | None = None, is_default: bool = True,
-        cases: Iterable[Case] = (),
+        cases: Iterable[Case] = (), listed: KnownFindings | None = None,
     ) -> None:  # fmt: skip
         """Begin a record.
 
@@ -227,6 +233,7 @@ class Recorder:
             started: `time.perf_counter()` at the start of the program.
             is_default: whether the directory is a default one, which `latest` points to.
             cases: what will be run, where that is known: a killed run still says what it meant.
+            listed: the known findings.
         """
         self.directory, self.selection, self.command = directory, selection, command
         self.rows: list[Row] = list(kept)
@@ -234,7 +241,9 @@ class Recorder:
         self._seconds: dict[str, float] = {}
         self._cold_s: float | None = None
         self._is_default = is_default
-        self._fingerprint = fingerprint()
+        self._listed = listed or KnownFindings()
+        self.known = Assessment()  # until it is closed
+        self._fingerprint = fingerprint(self._listed.packages)
         before = directory.run()
         self._identity = {
             "id": before.get("id") or str(uuid.uuid4()),
@@ -264,14 +273,15 @@ class Recorder:
         if state == "refused" and not self.rows:
             self.directory.discard()
             return
+        self.known = assess(self.rows, self._listed, self._fingerprint["versions"])
         self._write_run(state)
-        write_report(self.directory, self.rows)
+        write_report(self.directory, self.rows, self.known)
         if self._is_default:
             self.directory.link_latest()
 
-    def exit_code(self) -> int:
+    def exit_code(self, fail_on: FailOn = "any") -> int:
         """Give the exit code for everything recorded."""
-        return exit_code_of(self.rows)
+        return exit_code_of(self.rows, self.known, fail_on)
 
     def _write_run(self, state: str) -> None:
         self.directory.write_run({
@@ -282,6 +292,7 @@ class Recorder:
             "command": self.command,
             "selection": self.selection.to_dict(),
             "counts": tables.counts(self.rows),
+            "known": self.known.to_dict(),
             "seconds": self._times(),
             **self._fingerprint,
             "definitions": self._definitions,
@@ -307,13 +318,16 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-def write_report(directory: RunDirectory, rows: Sequence[Row]) -> None:
-    """Write every form of the report out of rows and run.json."""
+def write_report(
+    directory: RunDirectory, rows: Sequence[Row], known: Assessment | None = None
+) -> None:
+    """Write every form of the report out of rows, run.json and what is known of the failures."""
     run = directory.run()
     rerun = Selection.from_run(run).rerun
     found = cells(rows)
-    directory.write("report.md", markdown.render(rows, run, rerun))
-    directory.write("report.html", html.render(found, run, rerun, tables.headline(rows)))
+    directory.write("report.md", markdown.render(rows, run, rerun, known))
+    headline = tables.headline(rows, known)
+    directory.write("report.html", html.render(found, run, rerun, headline, known))
     directory.write("junit.xml", junit.render(found, run, rerun))
     document = json.dumps(ctrf.document(found, run, rerun), indent=1, allow_nan=False)
     directory.write("ctrf.json", document + "\n")

@@ -93,7 +93,8 @@ def annotation_lines(failures: Iterable[Failure]) -> list[str]:
     said = []
     for failure in list(failures)[:MOST_ANNOTATIONS]:
         text = _shortened(tables.block(failure))
-        said.append(f"::error title={escape(failure.case, is_property=True)}::{escape(text)}")
+        level = "warning" if failure.is_known else "error"
+        said.append(f"::{level} title={escape(failure.case, is_property=True)}::{escape(text)}")
     return said
 
 

@@ -15,6 +15,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from parity.known import Assessment
 from parity.report import tables
 from parity.report.cells import Cell, Entry
 from parity.report.tables import Rerun
@@ -30,7 +31,10 @@ _PICTURES = ("expert_scales", "expert_errors", "classes", "ranks", "distance", "
 """Keys of a row's detail that the page draws."""
 
 
-def render(cells: Sequence[Cell], run: Mapping[str, Any], rerun: Rerun, headline: str) -> str:
+def render(
+    cells: Sequence[Cell], run: Mapping[str, Any], rerun: Rerun, headline: str,
+    known: Assessment | None = None,
+) -> str:  # fmt: skip
     """Write the page of one run.
 
     Args:
@@ -38,13 +42,16 @@ def render(cells: Sequence[Cell], run: Mapping[str, Any], rerun: Rerun, headline
         run: run.json; what it lacks is left out.
         rerun: case id -> the command that runs just that case again.
         headline: the one sentence above everything.
+        known: what of its failures is known.
     """
-    told = sorted(cells, key=lambda cell: VERDICTS.index(cell.verdict))
+    known = known or Assessment()
+    told = sorted(cells, key=lambda c: (known.is_known(c.case), VERDICTS.index(c.verdict)))
     verdicts = [cell.verdict for cell in told]
     template = _environment().get_template("report.html.j2")
     return str(template.render(
-        headline=headline, facts=facts(run), island=_island(page_data(told, rerun)),
+        headline=headline, facts=facts(run), island=_island(page_data(told, rerun, known)),
         counts={verdict: verdicts.count(verdict) for verdict in VERDICTS}, total=len(told),
+        known=sum(known.is_known(cell.case) for cell in told), notes=known.notes,
         failing=[(c.case, c.verdict, tables.finding_of(c.bad)) for c in told if c.bad][:50],
         style=_static("report.css"), script=_static("report.js"),
     ))  # fmt: skip
@@ -114,7 +121,9 @@ class _Table:
         return self._number[word]
 
 
-def page_data(cells: Sequence[Cell], rerun: Rerun) -> dict[str, Any]:
+def page_data(
+    cells: Sequence[Cell], rerun: Rerun, known: Assessment | None = None
+) -> dict[str, Any]:
     """Build the JSON of the page: tables of words, and cells that refer to them.
 
     Returns:
@@ -126,9 +135,13 @@ def page_data(cells: Sequence[Cell], rerun: Rerun) -> dict[str, Any]:
         "verdict": _Table(VERDICTS), "quantity": _Table(tables.ORDER),
         "family": _Table([f for f in FAMILIES if f in seen]),
         **{name: _Table() for name in ("implementation", "shape", "stage", "optimizer", "dtype",
-                                       "run", "against", "tensor", "cause", "reason")},
+                                       "run", "against", "tensor", "cause", "reason", "finding")},
     }  # fmt: skip
-    packed = [_packed_cell(cell, words, rerun) for cell in cells]
+    marks = {} if known is None else known.marks
+    packed = [
+        [*_packed_cell(cell, words, rerun), [words["finding"](m) for m in marks.get(cell.case, ())]]
+        for cell in cells
+    ]
     words["family"](MODEL)
     return {"words": {name: table.words for name, table in words.items()}, "cells": packed}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from parity.known import Assessment
 from parity.report import tables
 from parity.report.tables import Failure, Rerun
 from parity.store import Row
@@ -19,19 +20,24 @@ _MARGIN_HEADERS = {
 }  # fmt: skip
 
 
-def render(rows: Sequence[Row], run: Mapping[str, Any], rerun: Rerun) -> str:
+def render(
+    rows: Sequence[Row], run: Mapping[str, Any], rerun: Rerun, known: Assessment | None = None
+) -> str:
     """Write the report of one run.
 
     Args:
         rows: every row of the run.
         run: run.json; what it lacks is left out.
         rerun: case id -> the command that runs just that case again.
+        known: what of its failures is known.
     """
-    parts = ["# Parity report", f"**{tables.headline(rows)}**", _facts(run)]
-    failing = tables.failures(rows, rerun)
+    parts = ["# Parity report", f"**{tables.headline(rows, known)}**", _facts(run)]
+    if said := tables.known_lines(known):
+        parts += ["## Known findings", "\n".join(f"- {_line(line)}" for line in said)]
+    failing = tables.failures(rows, rerun, known=known)
     if failing:
         parts += ["## Failing cases", *map(_failure, failing)]
-    families, model = tables.family_lines(rows), tables.model_lines(rows)
+    families, model = tables.family_lines(rows, known), tables.model_lines(rows, known)
     if families:
         parts += ["## Families", _FAMILY_LEGEND, _grid(families, tables.FAMILY_HEADERS)]
     if model:
@@ -50,7 +56,8 @@ _FAMILY_LEGEND = (
 
 
 def _grid(lines: Sequence[Mapping[str, Any]], headers: Mapping[str, str]) -> str:
-    return tables.grid(lines, headers, style="github")
+    shown = tables.shown_headers(headers, lines) if "finding" in headers else headers
+    return tables.grid(lines, shown, style="github")
 
 
 def _facts(run: Mapping[str, Any]) -> str:
@@ -83,7 +90,7 @@ def _flat(seconds: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _failure(failure: Failure) -> str:
-    parts = [f"### {failure.verdict}: `{failure.case}`"]
+    parts = [f"### {failure.verdict}{failure.known}: `{failure.case}`"]
     parts += ["\n".join(f"- {_line(tables.describe(row, failure.shape))}" for row in failure.rows)]
     parts += [f"```text\n{trace}\n```" for trace in map(_traceback, failure.rows) if trace]
     if failure.causes:

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from parity.store import FAILING, VERDICTS, Row, by_case, case_verdict
 
+if TYPE_CHECKING:
+    from parity.known import Assessment
+
+NEW = "new"
+"""Stands among findings for a failing row that none of them accounts for."""
 ORDER = ("routing", "loss", "gradient", "replica", "grad_norm", "update", "checkpoint")
 """Quantities in the order in which one being wrong makes the later ones wrong."""
 Rerun = Callable[[str], str]
@@ -27,11 +32,12 @@ FAMILY_HEADERS = {
     "gradient_scale": "grad scale", "gradient_error": "grad error",
     "update_scale": "update scale", "update_error": "update error",
     "replica": "replica diffs", "threshold": "threshold", "verdict": "verdict",
+    "finding": "finding",
 }  # fmt: skip
 MODEL_HEADERS = {
     "shape": "shape", "optimizer": "optimizer", "cases": "cases", "routing": "routing diffs",
     "loss_error": "loss error", "norm_scale": "norm scale", "norm_error": "norm error",
-    "verdict": "verdict",
+    "verdict": "verdict", "finding": "finding",
 }  # fmt: skip
 ROW_HEADERS = {
     "quantity": "quantity", "family": "family", "tensor": "tensor", "run": "run",
@@ -50,6 +56,21 @@ class Failure:
     rows: tuple[Row, ...]
     causes: tuple[str, ...]
     rerun: str
+    marks: tuple[str, ...] = ()
+    """Known findings it shows, and `NEW` where it fails in more; empty: it shows none."""
+
+    @property
+    def is_known(self) -> bool:
+        """Tell whether it fails in nothing but known findings."""
+        return bool(self.marks) and NEW not in self.marks
+
+    @property
+    def known(self) -> str:
+        """Say in brackets what is known of it; empty where nothing is."""
+        ids = ", ".join(mark for mark in self.marks if mark != NEW)
+        if not ids:
+            return ""
+        return f" (known: {ids})" if self.is_known else f" (new, beside known: {ids})"
 
 
 def counts(rows: Iterable[Row]) -> dict[str, int]:
@@ -63,13 +84,13 @@ def counts(rows: Iterable[Row]) -> dict[str, int]:
 # --- lines --------------------------------------------------------------------------------------
 
 
-def family_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def family_lines(rows: Sequence[Row], known: Assessment | None = None) -> list[dict[str, Any]]:
     """Give one line per shape x optimizer x family; numbers are the worst of their cases.
 
     Returns:
         Records with the keys of `FAMILY_HEADERS`, numbers as numbers, failing ones first.
     """
-    frame = _frame([r for r in rows if r.family is not None or r.quantity is None])
+    frame = _frame([r for r in rows if r.family is not None or r.quantity is None], known)
     return _lines(frame, ["shape", "optimizer", "family"], {
         "gradient_scale": ("gradient_scale", worst_scale),
         "gradient_error": ("gradient_error", "max"),
@@ -80,13 +101,13 @@ def family_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
     })  # fmt: skip
 
 
-def model_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def model_lines(rows: Sequence[Row], known: Assessment | None = None) -> list[dict[str, Any]]:
     """Give one line per shape x optimizer of what is about the whole model.
 
     Returns:
         Records with the keys of `MODEL_HEADERS`.
     """
-    frame = _frame([r for r in rows if r.quantity in ("routing", "loss", "grad_norm")])
+    frame = _frame([r for r in rows if r.quantity in ("routing", "loss", "grad_norm")], known)
     return _lines(frame, ["shape", "optimizer"], {
         "routing": ("routing_error", "max"),
         "loss_error": ("loss_error", "max"),
@@ -95,36 +116,59 @@ def model_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
     })  # fmt: skip
 
 
-def _frame(rows: Sequence[Row]) -> Any:
+def shown_headers(
+    headers: Mapping[str, str], lines: Iterable[Mapping[str, Any]]
+) -> Mapping[str, str]:
+    """Leave the column of findings out where no line shows a known one."""
+    if any(set(line["finding"].split(", ")) - {"", NEW} for line in lines):
+        return headers
+    return {key: header for key, header in headers.items() if key != "finding"}
+
+
+def _frame(rows: Sequence[Row], known: Assessment | None) -> Any:
     """Make a data frame: a row's metrics stand in columns of its own quantity, the rest empty."""
     import pandas as pd  # half a second, only where a report is made
 
     records = []
-    for row, label in zip(rows, _shape_labels(rows), strict=True):
+    folded = _folded_shapes(rows)
+    for row, label in zip(rows, _shape_labels(rows, folded), strict=True):
         if label is None:
             continue
+        marks: tuple[str, ...] = ()
+        if known is not None and row.verdict in FAILING:
+            marks = known.marks_of(row, folded[row.case])
         scale = _end_to_end_scale(row) if row.quantity == "update" else row.scale
         records.append({
             "case": row.case, "shape": label, "optimizer": str(row.engine.get("optimizer")),
-            "family": row.family or _NONE, "verdict": VERDICTS.index(row.verdict),
+            "family": row.family or _NONE, "verdict": VERDICTS.index(row.verdict), "finding": marks,
             f"{row.quantity}_scale": row.ratio if scale is None else scale,
             f"{row.quantity}_error": None if row.verdict == "skipped" else row.error,
             f"{row.quantity}_threshold": row.threshold,
         })  # fmt: skip
     metrics = [f"{quantity}_{metric}" for quantity in ORDER for metric in _COLUMNS]
-    columns = ["case", "shape", "optimizer", "family", "verdict", *metrics]
+    columns = ["case", "shape", "optimizer", "family", "verdict", "finding", *metrics]
     frame = pd.DataFrame(records, columns=columns)
     return frame.astype(dict.fromkeys(metrics, "float64"))
 
 
 def _lines(frame: Any, keys: list[str], summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Sum groups up, failing ones first, otherwise in the order in which they were run."""
-    always = {"cases": ("case", "nunique"), "verdict": ("verdict", "min")}
+    always = {
+        "cases": ("case", "nunique"),
+        "verdict": ("verdict", "min"),
+        "finding": ("finding", _joined),
+    }
     lines = frame.groupby(keys, sort=False).agg(**always, **summary).reset_index()
     records = lines.astype(object).where(lines.notna(), None).to_dict("records")
     for record in records:
         record["verdict"] = VERDICTS[int(record["verdict"])]
     return sorted(records, key=lambda record: VERDICTS.index(record["verdict"]))
+
+
+def _joined(marks: Iterable[tuple[str, ...]]) -> str:
+    """Join the findings of rows, what is new last."""
+    found = {mark for of_row in marks for mark in of_row}
+    return ", ".join(sorted(found, key=lambda mark: (mark == NEW, mark)))
 
 
 def margin_lines(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -144,12 +188,17 @@ def margin_lines(rows: Iterable[Row]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _shape_labels(rows: Sequence[Row]) -> list[str | None]:
-    """Label each row with its case's folded shape; None: the baseline's own, where it passes."""
+def _folded_shapes(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
+    """Give the folded shape of each case."""
     folded: dict[str, dict[str, int]] = {}
     for row in rows:
         known = folded.setdefault(row.case, row.shape)
         folded[row.case] = max(known, row.shape, key=folding)
+    return folded
+
+
+def _shape_labels(rows: Iterable[Row], folded: Mapping[str, Mapping[str, int]]) -> list[str | None]:
+    """Label each row with its case's folded shape; None: the baseline's own, where it passes."""
     labels: list[str | None] = []
     for row in rows:
         label = shape_label(folded[row.case], row.engine)
@@ -215,8 +264,13 @@ def _rank(quantity: str | None) -> int:
 # --- failures and the headline ------------------------------------------------------------------
 
 
-def failures(rows: Iterable[Row], rerun: Rerun, *, worst: int = 5) -> list[Failure]:
-    """Give every failing case with its worst rows, the earliest wrong quantity first."""
+def failures(
+    rows: Iterable[Row], rerun: Rerun, *, worst: int = 5, known: Assessment | None = None
+) -> list[Failure]:
+    """Give every failing case with its worst rows, the earliest wrong quantity first.
+
+    Known ones come last.
+    """
     found = []
     for case, of_case in by_case(rows).items():
         bad = [row for row in of_case if row.verdict in FAILING]
@@ -224,8 +278,10 @@ def failures(rows: Iterable[Row], rerun: Rerun, *, worst: int = 5) -> list[Failu
             continue
         bad.sort(key=lambda row: (_rank(row.quantity), -excess(row)))
         shape = max((row.shape for row in of_case), key=folding)
-        found.append(failure_of(case, case_verdict(of_case), shape, bad, rerun, worst=worst))
-    return sorted(found, key=lambda failure: VERDICTS.index(failure.verdict))
+        marks = () if known is None else known.marks.get(case, ())
+        shown = failure_of(case, case_verdict(of_case), shape, bad, rerun, worst=worst)
+        found.append(replace(shown, marks=marks))
+    return sorted(found, key=lambda f: (f.is_known, VERDICTS.index(f.verdict)))
 
 
 def failure_of(
@@ -256,22 +312,40 @@ def _first_of_each(bad: Sequence[Row]) -> list[Row]:
     return list(kept.values())
 
 
-def headline(rows: Sequence[Row]) -> str:
+def headline(rows: Sequence[Row], known: Assessment | None = None) -> str:
     """Say in one sentence how it went: how many cells failed, and the main findings."""
     count = counts(rows)
     cells = count["cells"]
     if not cells:
         return "No cell was run."
+    verdicts = {case: case_verdict(of_case) for case, of_case in by_case(rows).items()}
+    new = [row for row in rows if known is None or not known.is_known(row.case)]
     said = []
     if failed := count["fail"] + count["leak"]:
-        said.append(f"{failed} of {cells} cells failed: {'; '.join(findings(rows))}.")
+        found = [*_known_ones(verdicts, ("fail", "leak"), known), *findings(new)]
+        said.append(f"{failed} of {cells} cells failed: {'; '.join(found)}.")
     if count["error"]:
-        said.append(f"{count['error']} of {cells} cells errored: {first_error(rows)}.")
+        found = _known_ones(verdicts, ("error",), known)
+        found += [first_error(new)] if any(row.verdict == "error" for row in new) else []
+        said.append(f"{count['error']} of {cells} cells errored: {'; '.join(found)}.")
     if not said:
         said.append(f"{count['pass']} of {cells} cells passed ({count['rows']} rows).")
     if count["skipped"]:
         said.append(f"{count['skipped']} skipped.")
     return " ".join(said)
+
+
+def _known_ones(
+    verdicts: Mapping[str, str], kinds: Sequence[str], known: Assessment | None
+) -> list[str]:
+    """Say how many cells fail as known, if any, and of what."""
+    if known is None:
+        return []
+    cells = [
+        case for case, verdict in verdicts.items() if verdict in kinds and known.is_known(case)
+    ]
+    ids = sorted({mark for case in cells for mark in known.marks[case]})
+    return [f"{len(cells)} as known ({', '.join(ids)})"] if cells else []
 
 
 def findings(rows: Sequence[Row], most: int = 3) -> list[str]:
@@ -379,7 +453,7 @@ def block(failure: Failure) -> str:
     """Write one failing case for a terminal: findings, causes, the rank's traceback, the rerun."""
     compared = [row for row in failure.rows if row.quantity is not None]
     finding = f": {_finding(compared[0])}" if compared else ""
-    said = [f"{failure.verdict.upper()} {failure.case}{finding}"]
+    said = [f"{failure.verdict.upper()}{failure.known} {failure.case}{finding}"]
     if compared:
         said.append(grid([_row_line(row, failure.shape) for row in compared], ROW_HEADERS))
     said += dict.fromkeys(row.reason for row in failure.rows if row.reason)
@@ -414,18 +488,36 @@ def _traceback(row: Row) -> list[str]:
 
 
 def terminal(
-    rows: Sequence[Row], rerun: Rerun, *, paint: Callable[[str], str] = str, most: int = 20
-) -> str:
+    rows: Sequence[Row], rerun: Rerun, *, paint: Callable[[str], str] = str, most: int = 20,
+    known: Assessment | None = None,
+) -> str:  # fmt: skip
     """Write the whole report for a terminal: tables, failing cases, skips, the headline last."""
-    families, model = family_lines(rows), model_lines(rows)
-    parts = [grid(families, FAMILY_HEADERS, paint=paint)] if families else []
-    parts += [grid(model, MODEL_HEADERS, paint=paint)] if model else []
-    failing = failures(rows, rerun)
+    halves = [
+        (family_lines(rows, known), FAMILY_HEADERS), (model_lines(rows, known), MODEL_HEADERS),
+    ]  # fmt: skip
+    parts = [
+        grid(lines, shown_headers(heads, lines), paint=paint) for lines, heads in halves if lines
+    ]
+    failing = [f for f in failures(rows, rerun, known=known) if not f.is_known]
     parts += [block(failure) for failure in failing[:most]]
     if len(failing) > most:
         parts.append(f"... and {len(failing) - most} more failing cases, see the report")
+    if said := known_lines(known):
+        parts.append("\n".join(said))
     parts += skips(rows)
-    return "\n\n".join([*parts, headline(rows)])
+    return "\n\n".join([*parts, headline(rows, known)])
+
+
+def known_lines(known: Assessment | None, most: int = 3) -> list[str]:
+    """Say which cells fail as known, a line per finding; then which findings show otherwise."""
+    if known is None:
+        return []
+    said = []
+    for finding, cells in known.known_cells().items():
+        title = f" ({known.titles[finding]})" if finding in known.titles else ""
+        more = f" and {len(cells) - most} more" if len(cells) > most else ""
+        said.append(f"known {finding}{title}: {', '.join(cells[:most])}{more}")
+    return [*said, *(f"note: {note}" for note in known.notes)]
 
 
 def skips(rows: Iterable[Row]) -> list[str]:

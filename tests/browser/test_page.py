@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from parity.known import Assessment
 from parity.report import html
 from parity.store import Row
 from tests.parity.example_runs import RUN, cells_of, headline, many, one_of_each, rerun
@@ -153,6 +154,20 @@ def test_filters_narrow_cells_and_maps(page: Page) -> None:
     assert page.ids() == [FAILING]
     page.choose("quantity", "gradient")  # the router's gradient is right
     assert page.ids() == []
+
+
+def test_known_findings_stand_beside_their_cells(browser: Chrome, tmp_path: Path) -> None:
+    """A known cell has its number and comes last; `new failures` leaves it out."""
+    rows = one_of_each()
+    known = Assessment(marks={FAILING: ("0042",)}, notes=("0007 does not show",))
+    text = html.render(cells_of(rows), RUN, rerun, headline(rows), known)
+    (tmp_path / "report.html").write_text(text, encoding="utf-8")
+    page = Page(browser, tmp_path / "report.html").open()
+    assert page.text("header .note") == "0007 does not show"
+    assert page.ids()[-1] == FAILING
+    assert page.text("#cells .known") == "0042"
+    page.choose("verdict", "new failures")
+    assert page.ids() == ["w8-tp4-ep4-sgd-fp32", "w8-tp2-ep4-sgd-fp32"]
 
 
 def test_text_filters_ids(page: Page) -> None:

@@ -71,7 +71,7 @@ def test_pytest_commands_collect(line: str) -> None:
         capture_output=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "seed.toml::w" in done.stdout
+    assert ".toml::w" in done.stdout
 
 
 def test_the_completion_script_is_one() -> None:

@@ -10,7 +10,7 @@
     count: v[5], scale: v[6], error: v[7], threshold: v[8], ratio: v[9], residual: v[10], tensor: v[11], step: v[12], worst: v[13] });
   const cellOf = (v) => ({ id: v[0], implementation: v[1], shape: v[2], stage: v[3], optimizer: v[4], dtype: v[5],
     verdict: v[6], causes: v[7], reasons: v[8], seconds: v[9], rerun: v[10], settings: v[11], entries: v[12].map(entryOf),
-    bad: v[13], badCount: v[14] });
+    bad: v[13], badCount: v[14], findings: v[15] });
   const cells = data.cells.map(cellOf);
   const PASS = words.verdict.indexOf("pass"), SKIPPED = words.verdict.indexOf("skipped");
   const MODEL = words.family.indexOf("model");
@@ -29,6 +29,10 @@
   const small = (value) => value === null || value === undefined ? "–" : value === 0 ? "0" : Number(value).toExponential(1);
   const plain = (value) => value === null || value === undefined ? "–" : Number(value).toFixed(6);
   const factor = (value) => Math.abs(value) >= 100 || (value && Math.abs(value) < 0.01) ? small(value) : value.toFixed(3);
+  const NEW = words.finding.indexOf("new");
+  const isKnown = (cell) => cell.findings.length > 0 && !cell.findings.includes(NEW);
+  const known = (cell) => cell.findings.length
+    ? node("span", { class: "known", title: isKnown(cell) ? "fails as known" : "fails in more than is known" }, cell.findings.map((i) => words.finding[i]).join(", ")) : null;
   const tag = (verdict) => node("span", { class: `tag ${words.verdict[verdict]}` }, words.verdict[verdict]);
 
   // --- filters ---------------------------------------------------------------------------------
@@ -46,6 +50,7 @@
     const select = form.elements[name];
     select.append(node("option", { value: "" }, "any"));
     if (name === "verdict") select.append(node("option", { value: "bad" }, "not pass"));
+    if (name === "verdict" && cells.some(isKnown)) select.append(node("option", { value: "new" }, "new failures"));
     words[name].forEach((word, i) => present.has(i) && select.append(node("option", { value: i }, word)));
   }
 
@@ -70,7 +75,7 @@
       const entries = relevant(cell);
       if (cell.entries.length && !entries.length) continue;
       const verdict = verdictOf(cell, entries);
-      if (filter.verdict === "bad" ? verdict === PASS : filter.verdict !== "" && verdict !== +filter.verdict) continue;
+      if (filter.verdict === "new" ? !isBad(verdict) || isKnown(cell) : filter.verdict === "bad" ? verdict === PASS : filter.verdict !== "" && verdict !== +filter.verdict) continue;
       found.push({ cell, entries, verdict });
     }
     return found;
@@ -207,7 +212,7 @@
     const finding = worst ? `${words.family[worst.family]} ${words.quantity[worst.quantity]}` : cell.reasons.map((i) => words.reason[i].split("\n")[0]).join("; ");
     const id = node("button", { class: "id", type: "button" }, cell.id);
     id.addEventListener("click", () => open(cell));
-    return node("tr", {}, node("td", {}, tag(place && worst ? worst.verdict : verdict)), node("td", {}, id), node("td", {}, finding),
+    return node("tr", {}, node("td", {}, tag(place && worst ? worst.verdict : verdict)), node("td", {}, id), node("td", {}, finding, cell.findings.length ? " " : null, known(cell)),
       node("td", { class: "n" }, worst ? plain(worst.scale) : "–"), node("td", { class: "n" }, worst ? small(worst.error) : "–"),
       node("td", { class: "n" }, worst ? small(worst.threshold) : "–"), node("td", {}, cell.causes.map((i) => words.cause[i]).join(", ")));
   }
@@ -222,7 +227,7 @@
       .filter(([, value]) => value !== null);
     const body = $("cell-body");
     body.replaceChildren(
-      node("h2", { id: "cell-title" }, tag(cell.verdict), " ", node("code", {}, cell.id)),
+      node("h2", { id: "cell-title" }, tag(cell.verdict), " ", node("code", {}, cell.id), cell.findings.length ? " " : null, known(cell)),
       node("p", {}, settings.map(([key, value]) => `${key} ${value}`).join(" · ")));
     if (cell.causes.length) body.append(node("p", { class: "causes" }, "Causes that fit: ", node("b", {}, cell.causes.map((i) => words.cause[i]).join(", "))));
     for (const reason of cell.reasons) body.append(node("pre", { class: "reason" }, words.reason[reason]));

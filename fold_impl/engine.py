@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from fold_impl import checkpoint, states
+from fold_impl import states
+from fold_impl.checkpoint import CheckpointError, Checkpointing, OptimizerState
 from fold_impl.checks import check
 from fold_impl.config import ConfigError, FoldConfig
 from fold_impl.convert import fold
@@ -31,7 +31,7 @@ from fold_impl.reduce import clip_coefficient, global_norm, reduce_gradients
 from fold_impl.router import AuxiliaryOptions
 
 
-class NativeEngine:
+class NativeEngine(Checkpointing):
     """Trains a folded module in the manner of a DeepSpeed engine.
 
     Per micro-batch: `loss = engine(...)`, `engine.backward(loss)`, `engine.step()`; parameters
@@ -58,6 +58,7 @@ class NativeEngine:
         self._trained = [
             p for p in parameters if p.parameter.requires_grad and id(p.parameter) in held
         ]
+        self._grouping = states.Grouping.whole(optimizer, parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
@@ -166,55 +167,9 @@ class NativeEngine:
             )
         self.points("step.optimizer", self.optimizer).step()
 
-    def save_checkpoint(
-        self,
-        save_dir: str | os.PathLike[str],
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-    ) -> bool:
-        """Write a checkpoint as `save_dir/tag` and make it the latest, as DeepSpeed's engine does.
-
-        Args:
-            save_dir: directory of the run's checkpoints, shared by the ranks.
-            tag: default `global_step<N>`.
-            client_state: JSON of the caller's, given back by `load_checkpoint`.
-
-        Who must call: every rank.
-
-        Raises:
-            CheckpointError: on every rank alike; earlier checkpoints are as they were.
-        """
-        tag = f"global_step{self.global_steps}" if tag is None else tag
-        checkpoint.save(self, save_dir, tag, client_state)
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str | os.PathLike[str],
-        tag: str | None = None,
-        *,
-        reshard: bool = False,
-        load_module_only: bool = False,
-    ) -> tuple[str, dict[str, Any]]:
-        """Go on from a checkpoint; see `checkpoint.load`, which also gives its notes as values.
-
-        Args:
-            load_dir: directory it was saved to.
-            tag: default: the latest.
-            reshard: accept a checkpoint of another layout and cut it anew; warns, on rank 0,
-                about what cannot be exact then.
-            load_module_only: weights and buffers only.
-
-        Returns:
-            (path of the checkpoint, client state).
-
-        Raises:
-            CheckpointError: on every rank alike; the engine is as it was.
-        """
-        loaded = checkpoint.load(self, load_dir, tag, reshard=reshard, module_only=load_module_only)
-        for note in loaded.notes if self.groups.rank == 0 else ():
-            warnings.warn(note, stacklevel=2)
-        return str(loaded.path), loaded.client_state
+    @property
+    def master_dtype(self) -> None:
+        """Every parameter is trained at its own precision."""
 
     def master_weights(self) -> dict[str, Tensor]:
         """Give this rank's part of every parameter."""
@@ -226,16 +181,19 @@ class NativeEngine:
         for member in self.folded_parameters:
             member.parameter.copy_(weights[member.name])
 
-    def optimizer_state(self) -> checkpoint.OptimizerState:
+    def optimizer_state(self) -> OptimizerState:
         """Give the optimizer's state by parameter name."""
         return states.optimizer_state(self.optimizer, self.folded_parameters)
 
-    def load_optimizer_state(self, state: checkpoint.OptimizerState) -> None:
+    def load_optimizer_state(self, state: OptimizerState) -> None:
         """Replace the optimizer's state."""
         states.load_optimizer_state(self.optimizer, self.folded_parameters, state)
 
+    def check_optimizer_state(self, state: OptimizerState) -> None:
+        """Take any state: each parameter has its own."""
+
     def training_state(self) -> dict[str, Any]:
-        """Give counters, optimizer options and schedule.
+        """Give the step, optimizer options and schedule.
 
         Raises:
             CheckpointError: between two micro-batches of a step, whose gradients are not saved.
@@ -243,24 +201,22 @@ class NativeEngine:
         gas = self.gradient_accumulation_steps()
         if done := self.micro_steps % gas:
             found = f"after micro-batch {done} of {gas}"
-            raise checkpoint.CheckpointError("not at", "engine", "the end of a step", found)
-        return {"global_steps": self.global_steps, "micro_steps": self.micro_steps, "gas": gas} | (
-            states.trainer_state(self.optimizer, self.lr_scheduler, self.folded_parameters)
-        )
+            raise CheckpointError("not at", "engine", "the end of a step", found)
+        return {"global_steps": self.global_steps, **self._trainer_state()}
+
+    def _trainer_state(self) -> dict[str, Any]:
+        return states.trainer_state(self.optimizer, self.lr_scheduler, self._grouping)
 
     def check_training_state(self, state: Mapping[str, Any]) -> None:
         """Refuse the state of another optimizer, other parameter groups or another schedule."""
-        present = states.trainer_state(self.optimizer, self.lr_scheduler, self.folded_parameters)
-        states.check_trainer_state(present, state)
+        states.check_trainer_state(self._trainer_state(), state)
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
-        """Set counters, options and schedule, and drop what a step has accumulated."""
-        gas = self.gradient_accumulation_steps()
+        """Set the step, options and schedule, and drop what a step has accumulated."""
         self.global_steps = state["global_steps"]
-        # with another accumulation the saved count could end inside a step
-        same = state["gas"] == gas
-        self.micro_steps = state["micro_steps"] if same else self.global_steps * gas
-        states.load_trainer_state(self.optimizer, self.lr_scheduler, state)
+        # whole steps: the saved run may have accumulated another number of micro-batches
+        self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
+        states.load_trainer_state(self.optimizer, self.lr_scheduler, self._grouping, state)
         self._forget_gradients()
         self._norm, self._reduced = None, False
 

@@ -11,7 +11,8 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -102,37 +103,94 @@ def load_optimizer_state(
         optimizer.state.pop(weight, None)
         if not state.get(member.name):
             continue
-        group = groups[id(weight)]
-        moves = bool(group.get("capturable") or group.get("fused"))
         optimizer.state[weight] = {
-            key: _moved(value, weight.device, moves) for key, value in state[member.name].items()
+            key: on_device(value, weight.device, groups[id(weight)])
+            for key, value in state[member.name].items()
         }
 
 
-def _moved(value: StateValue, device: torch.device, scalars_too: bool) -> StateValue:
-    moves = isinstance(value, Tensor) and (value.ndim > 0 or scalars_too)
-    return value.to(device) if moves and isinstance(value, Tensor) else value
+def on_device(value: StateValue, device: torch.device, group: Mapping[str, Any]) -> StateValue:
+    """Bring one entry to where torch keeps it: a counter only for some options of its group."""
+    if not isinstance(value, Tensor):
+        return value
+    moves = value.ndim > 0 or group.get("capturable") or group.get("fused")
+    return value.to(device) if moves else value
 
 
-def parameter_groups(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[FoldedParameter]
-) -> list[dict[str, Any]]:
-    """Describe the groups: names of their parameters, and options such as lr and betas."""
-    names = {id(p.parameter): p.name for p in parameters}
-    return [
-        {
-            "names": [names[id(p)] for p in group["params"] if id(p) in names],
-            "options": {k: to_plain(v, k) for k, v in group.items() if k != "params"},
-        }
+@dataclass(frozen=True)
+class Grouping:
+    """Which parameters an optimizer's groups hold, and which of them were one group when given.
+
+    An engine may split a group by family, and how depends on the layout: a checkpoint knows groups
+    as they were given.
+    """
+
+    names: Sequence[Sequence[str]]
+    """Per group: its trained parameters."""
+    origin: Sequence[int]
+    """Per group: number of the given group it is a part of."""
+
+    @classmethod
+    def whole(
+        cls, optimizer: torch.optim.Optimizer, parameters: Sequence[FoldedParameter]
+    ) -> Grouping:
+        """Describe groups that are as they were given."""
+        names = {id(p.parameter): p.name for p in parameters if p.parameter.requires_grad}
+        held = [
+            [names[id(p)] for p in group["params"] if id(p) in names]
+            for group in optimizer.param_groups
+        ]
+        return cls(held, range(len(held)))
+
+    @property
+    def given(self) -> list[int]:
+        """Per group: place of its given group among those that have a part."""
+        present = list(dict.fromkeys(self.origin))
+        return [present.index(origin) for origin in self.origin]
+
+    def joined(self, values: Sequence[Any]) -> list[Any]:
+        """Give one value per given group, that of its first part, out of one per group."""
+        return [values[self.given.index(place)] for place in dict.fromkeys(self.given)]
+
+    def split(self, values: Sequence[Any]) -> list[Any]:
+        """Give one value per group out of one per given group."""
+        return [values[place] for place in self.given]
+
+
+MARKS = ("params", "name", "moe")
+"""Entries of a group that are no options: its parameters, and what DeepSpeed calls it."""
+PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs")
+"""Entries of torch's schedules that hold one value per group."""
+
+
+def parameter_groups(optimizer: torch.optim.Optimizer, grouping: Grouping) -> list[dict[str, Any]]:
+    """Describe the groups as given: names of their parameters, and options such as lr and betas.
+
+    Raises:
+        CheckpointError: parts of one given group have different options.
+    """
+    options = [
+        {key: to_plain(value, key) for key, value in group.items() if key not in MARKS}
         for group in optimizer.param_groups
+    ]
+    firsts = grouping.joined(options)
+    for place, found in zip(grouping.given, options, strict=True):
+        if found != firsts[place]:
+            problem = "options differ between the families of one group"
+            raise CheckpointError(problem, f"parameter group {place}", firsts[place], found)
+    names: list[list[str]] = [[] for _ in firsts]
+    for place, part in zip(grouping.given, grouping.names, strict=True):
+        names[place] += part
+    return [
+        {"names": sorted(held), "options": first} for held, first in zip(names, firsts, strict=True)
     ]
 
 
 def load_parameter_groups(
-    optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]
+    optimizer: torch.optim.Optimizer, grouping: Grouping, groups: Sequence[Mapping[str, Any]]
 ) -> None:
     """Set the options of every group; a tensor (a capturable lr) is filled where it lies."""
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+    for group, saved in zip(optimizer.param_groups, grouping.split(groups), strict=True):
         for key, plain in saved["options"].items():
             value, present = from_plain(plain), group.get(key)
             if isinstance(present, Tensor) and isinstance(value, Tensor):
@@ -141,17 +199,32 @@ def load_parameter_groups(
                 group[key] = value
 
 
+def _regrouped(state: Any, rule: Callable[[Sequence[Any]], list[Any]]) -> Any:
+    """Apply a rule to every list of a schedule's plain state that holds a value per group."""
+    if isinstance(state, list):
+        return [_regrouped(value, rule) for value in state]
+    if not isinstance(state, dict):
+        return state
+    return {
+        key: rule(value)
+        if key in PER_GROUP and isinstance(value, list)
+        else _regrouped(value, rule)
+        for key, value in state.items()
+    }
+
+
 def trainer_state(
-    optimizer: torch.optim.Optimizer, lr_scheduler: Any, parameters: Sequence[FoldedParameter]
+    optimizer: torch.optim.Optimizer, lr_scheduler: Any, grouping: Grouping
 ) -> dict[str, Any]:
     """Describe optimizer and schedule as JSON: their kinds, options and progress."""
     scheduler = None
     if lr_scheduler is not None:
         state = to_plain(lr_scheduler.state_dict(), "lr_scheduler")
+        state = _regrouped(state, grouping.joined)
         scheduler = {"type": type(lr_scheduler).__name__, "state": state}
     return {
         "optimizer": type(optimizer).__name__,
-        "groups": parameter_groups(optimizer, parameters),
+        "groups": parameter_groups(optimizer, grouping),
         "scheduler": scheduler,
     }
 
@@ -181,12 +254,16 @@ def _type_of(scheduler: Mapping[str, Any] | None) -> str:
 
 
 def load_trainer_state(
-    optimizer: torch.optim.Optimizer, lr_scheduler: Any, saved: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: Any,
+    grouping: Grouping,
+    saved: Mapping[str, Any],
 ) -> None:
     """Set options and schedule."""
-    load_parameter_groups(optimizer, saved["groups"])
+    load_parameter_groups(optimizer, grouping, saved["groups"])
     if lr_scheduler is not None:
-        lr_scheduler.load_state_dict(from_plain(saved["scheduler"]["state"]))
+        state = _regrouped(saved["scheduler"]["state"], grouping.split)
+        lr_scheduler.load_state_dict(from_plain(state))
 
 
 # ---------------------------------------------------------------- generators

@@ -39,24 +39,26 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch._C._distributed_c10d import _broadcast_coalesced
 
+from fold_impl import states
+from fold_impl.checkpoint import CheckpointError, Checkpointing, OptimizerState
 from fold_impl.config import ConfigError, FoldConfig, Unsupported
 from fold_impl.families import FoldedParameter, Rule, rule_of
 from fold_impl.groups import AXES, FoldGroups, Group, NewGroup
 from fold_impl.layout import FoldLayout
 from fold_impl.moe import FoldedMoE
 from fold_impl.optimizers import Lion
+from fold_impl.partitions import Partition, Partitions, check_rounded
 from fold_impl.points import Points
 from fold_impl.reduce import clip_coefficient, global_norm
+from fold_impl.states import Grouping
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, Lion)
 """Optimizers that may see a flat piece of several parameters: they treat each entry alone."""
 
-CHECKPOINT_PROBLEM = (
-    "checkpoints of DeepSpeed's engine are not supported with folding yet: its own format writes "
-    "an expert's parts and the lanes' parts over one another"
-)
 BROADCAST_BYTES = 1 << 28
 """Size of one message when engines start: torch's DistributedDataParallel takes 250 MiB."""
+SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What a dynamic loss scale remembers; ZeRO-0's has no hysteresis."""
 
 
 @dataclass(frozen=True)
@@ -257,19 +259,23 @@ def build_zero_engine(
         if member.kind.name is not None:
             member.folded.parameter.allreduce = False  # type: ignore[attr-defined]
             member.folded.parameter.group_name = member.kind.name  # type: ignore[attr-defined]
-    _split_groups(optimizer, plan.members)
+    grouping = _split_groups(optimizer, plan.members)
     plan.register()
-    return ZeroEngine(model, plan, config, optimizer, schedule, points)
+    return ZeroEngine(model, plan, config, optimizer, grouping, schedule, points)
 
 
-def _split_groups(optimizer: torch.optim.Optimizer, members: Sequence[Member]) -> None:
+def _split_groups(optimizer: torch.optim.Optimizer, members: Sequence[Member]) -> Grouping:
     """Split the optimizer's groups so that each holds one kind, as DeepSpeed wants it.
 
     Frozen parameters leave; a group that would be empty is left out.
+
+    Returns:
+        Names in the groups there are now, and which given group each is a part of.
     """
+    names = {id(member.folded.parameter): member.folded.name for member in members}
     kinds = {id(member.folded.parameter): member.kind.name for member in members}
-    split = []
-    for group in optimizer.param_groups:
+    split, origin = [], []
+    for place, group in enumerate(optimizer.param_groups):
         parts: dict[str | None, list[nn.Parameter]] = {}
         for parameter in group["params"]:
             if parameter.requires_grad:
@@ -277,14 +283,18 @@ def _split_groups(optimizer: torch.optim.Optimizer, members: Sequence[Member]) -
         for name, part in parts.items():
             marks = {"name": "dense"} if name is None else {"name": name, "moe": True}
             split.append({**group, **marks, "params": part})
+            origin.append(place)
     optimizer.param_groups[:] = split
+    return Grouping([[names[id(p)] for p in group["params"]] for group in split], origin)
 
 
-class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
+class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
     """DeepSpeed's engine on a folded model; the training loop is DeepSpeed's.
 
     Per micro-batch: `loss = engine(...)`, `engine.backward(loss)`, `engine.step()`.
     """
+
+    _global_grad_norm: float | None
 
     def __init__(
         self,
@@ -292,6 +302,7 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         plan: Plan,
         config: FoldConfig,
         optimizer: torch.optim.Optimizer,
+        grouping: Grouping,
         schedule: Any,
         points: Points,
     ) -> None:
@@ -302,13 +313,16 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
             plan: groups and factors; registered.
             config: whole config.
             optimizer: over the folded parameters, its groups split by kind.
+            grouping: of the optimizer.
             schedule: callable (optimizer) -> schedule, or None.
-            points: of the engine; only those in the forward and `reduce.rule` act here.
+            points: of the engine; those in the forward, `reduce.rule` and of checkpoints act here.
         """
         self.plan, self.fold_config, self.points = plan, config, points
         self.groups = plan.groups
         self.folded_parameters = [member.folded for member in plan.members]
+        self._grouping = grouping
         self._window: contextlib.ExitStack | None = None
+        self._accumulating = False
         passed = {**config.for_deepspeed(), "zero_allow_untested_optimizer": True}
         super().__init__(
             args=None,
@@ -321,6 +335,12 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         )
         held = {id(p) for group in _model_groups(self.optimizer) for p in group}
         self._trained = [m.folded for m in plan.members if id(m.folded.parameter) in held]
+        self._partitions = self._read_partitions()
+        masters = self._copies()
+        self._stepped = [
+            replace(p, parameter=cast(nn.Parameter, masters.get(id(p.parameter), p.parameter)))
+            for p in self.folded_parameters
+        ]
         self._hooks = [
             member.folded.parameter.register_hook(_times(member.factor))
             for member in plan.members
@@ -387,6 +407,7 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         last micro-batch; with `folding.coalesce_grad_reduction` always only after the last.
         """
         self.plan.register()
+        self._accumulating = True
         if self.fold_config.coalesce_grad_reduction and self._window is None:
             self._window = contextlib.ExitStack()
             self._window.enter_context(self.coalesce_grad_reduction())
@@ -413,6 +434,9 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         if self._is_plain():
             self._global_grad_norm = global_norm(self._trained, self.plan.groups, self.points)
         super()._take_model_step(lr_kwargs)
+        self._accumulating = False
+        if self._partitions is not None:
+            self._partitions.link()
 
     def clip_fp32_gradients(self) -> None:
         """Clip by the norm of the whole gradient, every distinct shard counted once."""
@@ -456,21 +480,15 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         problem = "DeepSpeed's sampler would give lanes different samples"
         raise Unsupported(problem, "training_data", "a data set", "a loader sharded over dp only")
 
-    def save_checkpoint(self, *_: Any, **__: Any) -> Any:
-        """Refuse DeepSpeed's own format.
+    def save_16bit_model(self, *_: Any, **__: Any) -> Any:
+        """Refuse DeepSpeed's export.
 
         Raises:
-            Unsupported: it knows neither expert-TP shards nor the lanes' parts.
+            Unsupported: it would write the parts of rank 0 as if they were the model.
         """
-        raise Unsupported(CHECKPOINT_PROBLEM, "folding.engine", "deepspeed", ["native"])
-
-    def load_checkpoint(self, *_: Any, **__: Any) -> Any:
-        """Refuse as `save_checkpoint` does.
-
-        Raises:
-            Unsupported: always.
-        """
-        raise Unsupported(CHECKPOINT_PROBLEM, "folding.engine", "deepspeed", ["native"])
+        problem = "DeepSpeed would write the parts of one rank"
+        allowed = "save_checkpoint, then fold_impl.checkpoint.export"
+        raise Unsupported(problem, "save_16bit_model", "a call", allowed)
 
     def close(self) -> None:
         """Take every hook off the model and release DeepSpeed's buffers."""
@@ -496,9 +514,8 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         scale = float(self.optimizer.loss_scale) if self.fp16_enabled() else 1.0
         found: Mapping[str, Tensor | None]
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
-            found = self._gathered(
-                lambda p: p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
-            )
+            assert self._partitions is not None
+            found = self._partitions.gradients()
         elif isinstance(self.optimizer, BF16_Optimizer):
             found = self._by_name(_pairs(self.optimizer.fp32_groups_gradients, self.optimizer))
         else:
@@ -509,61 +526,159 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
         whole = {n: g if g is None or scale == 1.0 else g / scale for n, g in found.items()}
         return {p.name: whole.get(p.name) for p in self.folded_parameters}
 
-    def master_weights(self) -> dict[str, Tensor]:
-        """Give this rank's part of every parameter, float32: the master copy where there is one.
-
-        Collective under ZeRO-1/2 in 16 bit, as `local_gradients`.
-        """
-        weights = {p.name: p.parameter.detach() for p in self.folded_parameters}
-        if self.fp16_enabled() or self.bfloat16_enabled():
-            weights |= self._masters()
-        return weights
-
-    @torch.no_grad()
-    def _masters(self) -> dict[str, Tensor]:
-        if isinstance(self.optimizer, FP16_UnfusedOptimizer):
-            found = self._by_name(_pairs(self.optimizer.fp32_groups, self.optimizer))
-        else:
-            found = self._gathered(lambda p: p._hp_mapping.get_hp_fragment())
-        for member in self._trained:
-            model = member.parameter.detach()
-            rounded = found[member.name].to(model.dtype)
-            assert torch.equal(rounded, model), f"{member.name} is not its master, rounded"
-        return found
-
     def _by_name(self, pairs: Iterable[tuple[nn.Parameter, Tensor]]) -> dict[str, Tensor]:
         held = {id(p): _copied(tensor.view_as(p)) for p, tensor in pairs}
         return {member.name: held[id(member.parameter)] for member in self._trained}
 
-    @torch.no_grad()
-    def _gathered(self, fragment: Callable[[Any], Tensor]) -> dict[str, Tensor]:
-        """Rebuild whole local parts out of the fragments ZeRO left on the ranks.
+    # ------------------------------------------------------------ what a checkpoint holds
 
-        Forward: all-reduce (sum) over the kind's replicas; every entry lies on exactly one of
-        them, so nothing is rounded. One collective per kind. Who must call: all replicas.
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """Torch's optimizer inside DeepSpeed's."""
+        inner: torch.optim.Optimizer = (
+            self.optimizer if self._is_plain() else self.optimizer.optimizer
+        )
+        return inner
+
+    def _read_partitions(self) -> Partitions | None:
+        """Find the pieces of ZeRO-1/2; None where every rank steps whole parameters."""
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
+            pieces = self.optimizer.single_partition_of_fp32_groups
+        elif isinstance(self.optimizer, BF16_Optimizer):
+            pieces = self.optimizer.fp32_groups_flat_partition
+        else:
+            return None
+        members = {id(member.folded.parameter): member for member in self.plan.members}
+        found = []
+        for parameters, masters in zip(_model_groups(self.optimizer), pieces, strict=True):
+            group = [members[id(parameter)] for parameter in parameters]
+            folded = [member.folded for member in group]
+            found.append(Partition(folded, group[0].kind.replicas, masters))
+        return Partitions(self.optimizer, found)
+
+    def _copies(self) -> dict[int, Tensor]:
+        """Give the float32 copies that are stepped in the place of parameters (ZeRO-0, 16 bit)."""
+        if not self._is_stage_zero_low():
+            return {}
+        pairs = _pairs(self.optimizer.fp32_groups, self.optimizer)
+        return {id(parameter): master for parameter, master in pairs}
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """float32, whatever the model runs in."""
+        return torch.float32
+
+    def master_weights(self) -> Mapping[str, Tensor]:
+        """Give this rank's part of every parameter, float32: the master copy where there is one.
+
+        Collective under ZeRO-1/2 in 16 bit, where all replicas ask in the same order.
         """
-        found: dict[str, Tensor] = {}
-        trained = {id(p.parameter) for p in self._trained}
-        for kind in self.plan.kinds():
-            members = [
-                m.folded
-                for m in self.plan.members
-                if m.kind.name == kind.name and id(m.folded.parameter) in trained
-            ]
-            if not members:
-                continue
-            flat = torch.zeros(sum(m.parameter.numel() for m in members), device=self.device)
-            parts = flat.split([m.parameter.numel() for m in members])
-            for member, part in zip(members, parts, strict=True):
-                mapping = getattr(member.parameter, "_hp_mapping", None)
-                if mapping is not None:
-                    at = mapping.lp_fragment_address
-                    piece = fragment(member.parameter).flatten()
-                    part.narrow(0, at.start, at.numel).copy_(piece)
-            dist.all_reduce(flat, group=kind.replicas.handle)
-            for member, part in zip(members, parts, strict=True):
-                found[member.name] = part.view_as(member.parameter)
-        return found
+        gathers = self.fp16_enabled() or self.bfloat16_enabled()
+        partitions = self._partitions if gathers else None
+        divided = set() if partitions is None else partitions.names
+        local = {
+            p.name: p.parameter.detach().float() for p in self._stepped if p.name not in divided
+        }
+        if partitions is not None:
+            return partitions.masters(local)
+        for member in self.folded_parameters:
+            check_rounded(member, local[member.name])
+        return local
+
+    @torch.no_grad()
+    def load_master_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set this rank's part of every parameter and of its master copy."""
+        for member in (*self.folded_parameters, *self._stepped):
+            member.parameter.copy_(weights[member.name])
+        if self._partitions is not None:
+            self._partitions.load_masters(weights)
+
+    def optimizer_state(self) -> OptimizerState:
+        """Give the optimizer's state by parameter name.
+
+        Collective under ZeRO-1/2, where all replicas ask in the same order.
+        """
+        if self._partitions is None:
+            return states.optimizer_state(self._inner, self._stepped)
+        divided = self._partitions.names
+        return self._partitions.state(
+            {p.name: {} for p in self.folded_parameters if p.name not in divided}
+        )
+
+    def check_optimizer_state(self, state: OptimizerState) -> None:
+        """Refuse, under ZeRO-1/2, counters that differ between parameters stepped as one."""
+        if self._partitions is not None:
+            self._partitions.check_state(state)
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Replace the optimizer's state."""
+        if self._partitions is None:
+            states.load_optimizer_state(self._inner, self._stepped, state)
+        else:
+            self._partitions.load_state(state)
+
+    def training_state(self) -> dict[str, Any]:
+        """Give counters, optimizer options, schedule and dynamic loss scale.
+
+        Raises:
+            CheckpointError: between two micro-batches of a step, whose gradients are not saved.
+        """
+        self._check_boundary()
+        return {
+            "global_steps": self.global_steps,
+            "global_samples": self.global_samples,
+            "skipped_steps": self.skipped_steps,
+            "loss_scale": self._scale_state(),
+            **self._trainer_state(),
+        }
+
+    def _check_boundary(self) -> None:
+        if self._accumulating:
+            found = "accumulated gradients"
+            raise CheckpointError("not at", "engine", "the end of a step", found)
+
+    def _trainer_state(self) -> dict[str, Any]:
+        return states.trainer_state(self._inner, self.lr_scheduler, self._grouping)
+
+    def _scaler(self) -> Any:
+        """Give what holds a dynamic loss scale, None where there is none or it is fixed."""
+        if self._is_stage_zero_low():
+            scales = self.optimizer.loss_scale_config
+            return scales if scales.dynamic_loss_scale else None
+        dynamic = self.fp16_enabled() and self.dynamic_loss_scale()
+        return self.optimizer.loss_scaler if dynamic else None
+
+    def _scale_state(self) -> dict[str, Any] | None:
+        scaler = self._scaler()
+        if scaler is None:
+            return None
+        return {key: getattr(scaler, key) for key in SCALE_STATE if hasattr(scaler, key)}
+
+    def check_training_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of another optimizer, other parameter groups or another schedule.
+
+        Raises:
+            CheckpointError: also inside a step: DeepSpeed's buffers cannot be emptied there.
+        """
+        self._check_boundary()
+        states.check_trainer_state(self._trainer_state(), state)
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Set counters, options, schedule and, where it is dynamic here too, the loss scale.
+
+        The native engine counts steps only; what it does not know is what DeepSpeed would assume.
+        """
+        self.global_steps = state["global_steps"]
+        self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
+        samples = self.global_steps * self.train_batch_size()
+        self.global_samples = state.get("global_samples", samples)
+        self.skipped_steps = state.get("skipped_steps", 0)
+        scaler, saved = self._scaler(), state.get("loss_scale") or {}
+        for key in saved if scaler is not None else ():
+            if hasattr(scaler, key):
+                setattr(scaler, key, saved[key])
+        states.load_trainer_state(self._inner, self.lr_scheduler, self._grouping, state)
+        self._global_grad_norm = None
 
 
 class StepwiseScaleOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]

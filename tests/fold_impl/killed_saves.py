@@ -1,6 +1,7 @@
 """A process that kills its children at every moment of a save and looks at what they left.
 
-Run as `python -m tests.fold_impl.killed_saves FOLDER`; prints one JSON object per way of saving.
+Run as `python -m tests.fold_impl.killed_saves FOLDER [deepspeed]`; prints one JSON object per way
+of saving.
 Owns the moments: each call a save makes to the file system, and the middle of each tensor file. A
 child is forked, so it costs no start of an interpreter, and dies of SIGKILL like any other process.
 """
@@ -19,9 +20,15 @@ from typing import Any
 
 import torch
 
-from fold_impl import archive
-from fold_impl.engine import NativeEngine
-from tests.fold_impl.test_checkpoint import MOMENTUM, alone, snapshot, train
+from fold_impl import archive, initialize
+from tests.fold_impl.test_checkpoint import (
+    MOMENTUM,
+    alone,
+    fold_config,
+    full_model,
+    snapshot,
+    train,
+)
 
 MOMENTS = ((os, "fsync"), (os, "replace"), (shutil, "rmtree"), (Path, "mkdir"))
 MAX_MOMENTS = 200
@@ -63,7 +70,7 @@ class Death:
         return wrapped
 
 
-def fingerprint(engine: NativeEngine) -> str:
+def fingerprint(engine: Any) -> str:
     """Hash everything a checkpoint restores."""
     kept, sha = snapshot(engine), hashlib.sha256()
     sha.update(json.dumps(kept["training"], sort_keys=True).encode())
@@ -74,12 +81,20 @@ def fingerprint(engine: NativeEngine) -> str:
     return sha.hexdigest()
 
 
-def engine() -> NativeEngine:
+def native() -> Any:
     """Build the run; momentum, so that there is optimizer state."""
     return alone(seed=9, optimizer=MOMENTUM, schedule=False)
 
 
-def killed(run: NativeEngine, folder: Path, tag: str, moment: int) -> bool:
+def deepspeed() -> Any:
+    """Build it on DeepSpeed's engine: ZeRO-1 with float32 masters of bf16 weights."""
+    config = fold_config((1, 1, 1, 1), MOMENTUM, gas=4)
+    config |= {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+    engine, *_ = initialize(full_model(9).float(), config)
+    return engine
+
+
+def killed(run: Any, folder: Path, tag: str, moment: int) -> bool:
     """Save in a child that dies at a moment; False: the save ended before it came."""
     child = os.fork()
     if child == 0:
@@ -93,7 +108,7 @@ def killed(run: NativeEngine, folder: Path, tag: str, moment: int) -> bool:
     return False
 
 
-def main(root: Path, tag: str) -> dict[str, Any]:
+def main(root: Path, tag: str, engine: Callable[[], Any]) -> dict[str, Any]:
     """Kill a second save under `tag` at every moment and load what is left."""
     run, reader = engine(), engine()
     train(run, 1, 1)
@@ -117,5 +132,6 @@ def main(root: Path, tag: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    made = deepspeed if sys.argv[2:] == ["deepspeed"] else native
     for chosen in ("second", "first"):
-        print(json.dumps(main(Path(sys.argv[1]) / chosen, chosen)))
+        print(json.dumps(main(Path(sys.argv[1]) / chosen, chosen, made)))

@@ -13,6 +13,7 @@ from torch import nn
 from fold_impl.archive import CheckpointError
 from fold_impl.families import FoldedParameter, Placement
 from fold_impl.states import (
+    Grouping,
     PlainError,
     check_trainer_state,
     from_plain,
@@ -22,6 +23,9 @@ from fold_impl.states import (
     to_plain,
     trainer_state,
 )
+
+ONE = Grouping([["a"]], [0])
+"""One group that is as it was given."""
 
 
 @pytest.mark.parametrize(
@@ -98,10 +102,10 @@ def test_torch_s_schedules_go_on_where_they_were(make: Any) -> None:
 
     first, other = trainer(), trainer()
     run(*first, 3)
-    saved = json.loads(json.dumps(trainer_state(*first, []), allow_nan=False))
-    check_trainer_state(trainer_state(*other, []), saved)
+    saved = json.loads(json.dumps(trainer_state(*first, ONE), allow_nan=False))
+    check_trainer_state(trainer_state(*other, ONE), saved)
     other[0].step()
-    load_trainer_state(*other, saved)
+    load_trainer_state(*other, ONE, saved)
     assert run(*other, 4) == run(*first, 4)
 
 
@@ -119,7 +123,7 @@ def test_other_groups_are_refused() -> None:
     together = torch.optim.SGD([one, other], lr=0.1)
     apart = torch.optim.SGD([{"params": [one]}, {"params": [other]}], lr=0.1)
     members = named(one, other)
-    states = [trainer_state(o, None, members) for o in (together, apart)]
+    states = [trainer_state(o, None, Grouping.whole(o, members)) for o in (together, apart)]
     check_trainer_state(states[0], states[0])
     with pytest.raises(CheckpointError, match=r"groups of \[2\] parameters, found .*\[1, 1\]"):
         check_trainer_state(*states)
@@ -138,3 +142,43 @@ def test_loaded_state_replaces_all_that_was_there() -> None:
     assert state["b"] == {}
     assert state["a"]["step"] == 7.0
     assert list(state["a"]) == ["step", "exp_avg"]
+
+
+# ---------------------------------------------------------------- groups an engine has split
+
+SPLIT = Grouping([["a"], ["c"], ["b"]], [0, 0, 2])
+"""Two groups of which the first was split by family; the one between them held nothing trained."""
+
+
+def split_optimizer(*rates: float) -> torch.optim.SGD:
+    """Make an optimizer of three groups."""
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": rate} for rate in rates]
+    return torch.optim.SGD(groups, momentum=0.9)
+
+
+def test_a_checkpoint_knows_groups_as_they_were_given() -> None:
+    """Parts of one group are one: names together, options and the schedule's rates once."""
+    optimizer = split_optimizer(0.1, 0.1, 0.2)
+    optimizer.param_groups[0] |= {"name": "dense", "moe": False}
+    state = trainer_state(optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), SPLIT)
+    assert [group["names"] for group in state["groups"]] == [["a", "c"], ["b"]]
+    assert [group["options"]["lr"] for group in state["groups"]] == [0.1, 0.2]
+    assert state["scheduler"]["state"]["base_lrs"] == [0.1, 0.2]
+
+
+def test_what_was_given_is_set_in_every_part() -> None:
+    """Saved by an engine that had the two groups whole, with other rates."""
+    whole, optimizer = split_optimizer(0.3, 0.4), split_optimizer(0.1, 0.1, 0.2)
+    two = Grouping([["a", "c"], ["b"]], [0, 1])
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 1, 0.5) for o in (whole, optimizer)]
+    saved = json.loads(json.dumps(trainer_state(whole, schedules[0], two)))
+    check_trainer_state(trainer_state(optimizer, schedules[1], SPLIT), saved)
+    load_trainer_state(optimizer, schedules[1], SPLIT, saved)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3, 0.4]
+    assert schedules[1].base_lrs == [0.3, 0.3, 0.4]
+
+
+def test_options_that_differ_between_parts_of_a_group_are_refused() -> None:
+    """They could not be given to a layout that splits the group elsewhere."""
+    with pytest.raises(CheckpointError, match=r"parameter group 0: options differ .* found"):
+        trainer_state(split_optimizer(0.1, 0.2, 0.2), None, SPLIT)

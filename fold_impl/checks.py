@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fold_impl.config import ConfigError
 from fold_impl.layout import FoldLayout, divisors
 from fold_impl.presets import Preset
+from fold_impl.router import CORRECTION_BIAS
 
 SIZE_KEYS = {
     "tp": "tensor_parallel.autotp_size",
@@ -77,7 +78,7 @@ def _unknown_parts(block: nn.Module, preset: Preset) -> Iterator[str]:
     if preset.top_k is None:
         whole.append(preset.router)
     else:
-        known |= {f"{preset.router}.weight", f"{preset.router}.bias"}
+        known |= {f"{preset.router}.{part}" for part in ("weight", "bias", CORRECTION_BIAS)}
     for name, _ in (*block.named_parameters(), *block.named_buffers()):
         if name not in known and not any(name.startswith(f"{part}.") for part in whole):
             yield name

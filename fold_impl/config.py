@@ -175,6 +175,8 @@ class FoldConfig:
     """ZeRO-1/2: keep gradients local until the last micro-batch, then reduce them once."""
     bucket_numel: int = BUCKET_NUMEL
     """Elements of one flat gradient collective of the native engine."""
+    correction_bias_rate: float = 0.0
+    """Step of the routers' correction bias towards an even load; 0 is off."""
     aux_scope: AuxScope = "rank"
     """Tokens an auxiliary loss is a function of, per micro-batch: this dp rank's, or all."""
     train_batch_size: int = 1
@@ -333,6 +335,7 @@ def _read_folding(folding: Section, preset_model: str | None) -> dict[str, Any]:
         "load_balance_coef": float(folding.take("load_balance_coef", COEFFICIENT, 0.0)),
         "z_loss_coef": float(folding.take("z_loss_coef", COEFFICIENT, 0.0)),
         "aux_scope": folding.take("aux_scope", one_of("rank", "global"), "rank"),
+        "correction_bias_rate": float(folding.take("correction_bias_rate", COEFFICIENT, 0.0)),
     }
     if fields["preset"] is not None and preset_model is not None:
         problem = f"stands beside preset_model {preset_model!r}"

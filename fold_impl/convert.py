@@ -22,7 +22,7 @@ from fold_impl.groups import FoldGroups, Group
 from fold_impl.moe import FoldedMoE
 from fold_impl.points import Points
 from fold_impl.presets import Preset
-from fold_impl.router import AuxiliaryOptions, Router, RouterOptions
+from fold_impl.router import CORRECTION_BIAS, AuxiliaryOptions, Router, RouterOptions
 from fold_impl.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -115,7 +115,11 @@ def _fold_block(
         local[part] = _part(experts.get_parameter(part), shards, groups, full_name)
     shared = block.get_submodule(preset.shared_experts) if preset.shared_experts else None
     if preset.top_k is not None:
-        router = Router(router.get_parameter("weight"), getattr(router, "bias", None))
+        router = Router(
+            router.get_parameter("weight"),
+            getattr(router, "bias", None),
+            getattr(router, CORRECTION_BIAS, None),
+        )
     return FoldedMoE(
         router=router,
         experts=RoutedExperts(names, local, getattr(experts, "act_fn", nn.functional.silu)),

@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from fold_impl import states
+from fold_impl.balance import CorrectionBias, check_rate
 from fold_impl.checkpoint import CheckpointError, Checkpointing, OptimizerState
 from fold_impl.checks import check
 from fold_impl.config import ConfigError, FoldConfig
@@ -59,6 +60,8 @@ class NativeEngine(Checkpointing):
             p for p in parameters if p.parameter.requires_grad and id(p.parameter) in held
         ]
         self._grouping = states.Grouping.whole(optimizer, parameters)
+        rate = config.correction_bias_rate
+        self._correction = CorrectionBias(self.moe_layers(), groups, rate, points)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
@@ -139,6 +142,7 @@ class NativeEngine(Checkpointing):
             for action in self.points("step.order", ("clip", "update")):
                 actions[action]()
             self._forget_gradients()
+            self._correction.update()
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
             self.global_steps += 1
@@ -218,6 +222,7 @@ class NativeEngine(Checkpointing):
         self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
         states.load_trainer_state(self.optimizer, self.lr_scheduler, self._grouping, state)
         self._forget_gradients()
+        self._correction.forget()
         self._norm, self._reduced = None, False
 
 
@@ -300,6 +305,7 @@ def _check(model: nn.Module, config: FoldConfig, optimizer: Any, lr_scheduler: A
     """Make every refusal, before a process group exists or the model is touched."""
     preset = find_preset(config.preset_model, config.preset)
     check(model, preset, config.layout)
+    check_rate(model, preset, config.correction_bias_rate)
     if optimizer is None and config.optimizer is None:
         raise ConfigError("missing", "optimizer", None, "a section, or an optimizer object")
     if getattr(optimizer, "state", None):

@@ -20,7 +20,14 @@ from fold_impl import dispatch, rows
 from fold_impl.experts import RoutedExperts
 from fold_impl.groups import FoldGroups
 from fold_impl.points import Points
-from fold_impl.router import AuxiliaryOptions, Choice, RouterOptions, auxiliary_loss, choose
+from fold_impl.router import (
+    CORRECTION_BIAS,
+    AuxiliaryOptions,
+    Choice,
+    RouterOptions,
+    auxiliary_loss,
+    choose,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class FoldedMoE(nn.Module):
     """Drop-in replacement of a MoE block on folded ranks.
 
     After a forward, `indices_TK` holds the experts of all T tokens and `auxiliary` this
-    micro-batch's auxiliary loss (a scalar tensor, or 0.0).
+    micro-batch's auxiliary loss (a scalar tensor, or 0.0). Where `load_E` is a tensor, forwards
+    that train add the tokens of each expert to it.
     """
 
     def __init__(
@@ -71,6 +79,11 @@ class FoldedMoE(nn.Module):
         self.forced_TK: Tensor | None = None
         self.indices_TK: Tensor | None = None
         self.auxiliary: Tensor | float = 0.0
+        self.load_E: Tensor | None = None
+
+    def get_router(self) -> nn.Module:
+        """Give the gate, whatever the model calls it."""
+        return self.get_submodule(self._names[0])
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., H), replicated over tp, to the same shape, equal on every lane."""
@@ -94,6 +107,8 @@ class FoldedMoE(nn.Module):
         x_TH = self._point("moe.entered", enter(x_TH, tp))
         choice = self._choice(x_TH)
         self.indices_TK = choice.indices_TK
+        if self.load_E is not None and self.training and torch.is_grad_enabled():
+            self.load_E += torch.bincount(choice.indices_TK.flatten(), minlength=self.num_experts)
         if self.auxiliary_options.active:
             options, dp = self.auxiliary_options, self.groups.dp
             self.auxiliary = auxiliary_loss(
@@ -106,10 +121,11 @@ class FoldedMoE(nn.Module):
 
     def _choice(self, x_TH: Tensor) -> Choice:
         """Ask the router: ours gives logits, a model's own gate (logits, weights, indices)."""
-        answer = self.get_submodule(self._names[0])(x_TH)
+        answer = self.get_router()(x_TH)
         if self.options.top_k is not None:
             logits_TE = self._point("router.logits", answer)
-            return choose(logits_TE, self.options, self.forced_TK, self._point)
+            bias_E = getattr(self.get_router(), CORRECTION_BIAS, None)
+            return choose(logits_TE, self.options, self.forced_TK, self._point, bias_E)
         assert self.forced_TK is None, "a model's own gate cannot be forced"
         logits_TE, weights_TK, indices_TK = answer
         return Choice(

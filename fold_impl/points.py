@@ -22,6 +22,8 @@ POINTS: dict[str, str] = {
     "auxiliary.load": "(E,) tokens per expert over the scope; context: layer",
     "auxiliary.tokens": "number of tokens over the scope; context: layer",
     "auxiliary.loss": "scalar auxiliary loss of a layer; context: layer",
+    "bias.counted": "whether this lane's token counts enter the sum over the stage; context: none",
+    "bias.load": "(L * E,) tokens of a step per layer and expert over all ranks; context: none",
     "moe.input": "boundary function over tp (x, group) -> x; context: layer, group",
     "moe.entered": "(T, H) behind the input boundary; context: layer",
     "dispatch.share": "(first, past-the-last) token row this lane keeps; context: tokens, layer",

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from fold_impl.groups import Group
 from fold_impl.points import Points
 
+CORRECTION_BIAS = "e_score_correction_bias"
+"""Buffer of a router that is added to the scores experts are chosen by, not to their weights."""
+
 
 @dataclass(frozen=True)
 class RouterOptions:
@@ -55,21 +58,27 @@ def choose(
     options: RouterOptions,
     forced_TK: Tensor | None,
     point: Callable[..., Tensor],
+    bias_E: Tensor | None = None,
 ) -> Choice:
     """Pick the top_k largest logits of each token, the lowest index on a tie, and weigh them.
+
+    With a correction bias scores + bias are compared instead (DeepSeek-V3, arXiv:2412.19437, eq.
+    16); the weights are the scores alone.
 
     Args:
         logits_TE: (T, E).
         options: top_k (not None), score function, normalisation.
         forced_TK: experts to use instead of the own choice (replay), or None.
         point: (name, value) -> value.
+        bias_E: correction bias, or None.
     """
-    if forced_TK is None:
-        order = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices
-        forced_TK = order[:, : options.top_k]
-    indices_TK = point("router.indices", forced_TK)
     softmax = options.score == "softmax"
     scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
+    if forced_TK is None:
+        by_TE = (logits_TE if bias_E is None else scores_TE + bias_E).detach()
+        order = by_TE.sort(dim=-1, descending=True, stable=True).indices
+        forced_TK = order[:, : options.top_k]
+    indices_TK = point("router.indices", forced_TK)
     weights_TK = scores_TE.gather(-1, indices_TK)
     if options.normalize:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
@@ -118,10 +127,14 @@ def auxiliary_loss(
 class Router(nn.Module):
     """Linear gate: (T, H) -> (T, E); adopts the parameters of the module it replaces."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, correction_E: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
+        if correction_E is not None:
+            self.register_buffer(CORRECTION_BIAS, correction_E)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Compute the logits."""

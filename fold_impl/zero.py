@@ -40,6 +40,7 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import _broadcast_coalesced
 
 from fold_impl import states
+from fold_impl.balance import CorrectionBias
 from fold_impl.checkpoint import CheckpointError, Checkpointing, OptimizerState
 from fold_impl.config import ConfigError, FoldConfig, Unsupported
 from fold_impl.families import FoldedParameter, Rule, rule_of
@@ -341,6 +342,8 @@ class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
             replace(p, parameter=cast(nn.Parameter, masters.get(id(p.parameter), p.parameter)))
             for p in self.folded_parameters
         ]
+        rate = config.correction_bias_rate
+        self._correction = CorrectionBias(self.moe_layer_modules(), self.groups, rate, points)
         self._hooks = [
             member.folded.parameter.register_hook(_times(member.factor))
             for member in plan.members
@@ -435,6 +438,10 @@ class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
             self._global_grad_norm = global_norm(self._trained, self.plan.groups, self.points)
         super()._take_model_step(lr_kwargs)
         self._accumulating = False
+        if self.was_step_applied():
+            self._correction.update()
+        else:
+            self._correction.forget()
         if self._partitions is not None:
             self._partitions.link()
 
@@ -678,6 +685,7 @@ class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
             if hasattr(scaler, key):
                 setattr(scaler, key, saved[key])
         states.load_trainer_state(self._inner, self.lr_scheduler, self._grouping, state)
+        self._correction.forget()
         self._global_grad_norm = None
 
 

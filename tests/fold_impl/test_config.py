@@ -128,6 +128,7 @@ REFUSED = [
     ({"folding": {"aux_scope": "world"}}, "folding.aux_scope", "world", "rank, global"),
     ({"folding": {"z_loss_coef": -0.1}}, "folding.z_loss_coef", -0.1, ">= 0"),
     ({"folding": {"load_balance_coef": float("inf")}}, "folding.load_balance_coef", None, ">= 0"),
+    ({"folding": {"correction_bias_rate": -0.1}}, "folding.correction_bias_rate", -0.1, ">= 0"),
     ({"folding": {"preset": "mixtral"}}, "folding.preset", "mixtral", "a table"),
     # training
     ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps", 0, "positive integer"),
@@ -345,10 +346,11 @@ def test_inline_preset_and_auxiliary_losses_are_passed_on() -> None:
     """The preset table is handed over as it is; coefficients become floats."""
     preset = {"moe": r".*\.moe", "top_k": 2}
     folding = {"preset": preset, "load_balance_coef": 1, "z_loss_coef": 0.5, "aux_scope": "global"}
-    config = parse(folding=folding)
+    config = parse(folding={**folding, "correction_bias_rate": 1})
     assert config.preset == preset
     assert (config.load_balance_coef, config.z_loss_coef) == (1.0, 0.5)
     assert config.aux_scope == "global"
+    assert (config.correction_bias_rate, parse().correction_bias_rate) == (1.0, 0.0)
 
 
 def test_parsing_neither_changes_nor_shares_the_given_config() -> None:

@@ -31,7 +31,8 @@ def pick(
 ) -> Choice:
     """Choose with nothing planted."""
     options = RouterOptions(top_k, score, normalize)
-    return choose(logits, options, kwargs.get("forced"), lambda _, value: value)
+    forced, bias = kwargs.get("forced"), kwargs.get("bias")
+    return choose(logits, options, forced, lambda _, value: value, bias)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,14 @@ def test_the_largest_logits_are_chosen_best_first_and_weighted(
     choice = pick(LOGITS, 2, score, normalize)
     assert choice.indices_TK.tolist() == [[2, 1], [0, 2]]
     torch.testing.assert_close(choice.weights_TK, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_a_correction_bias_changes_the_choice_and_not_the_weights() -> None:
+    """Sigmoid (1/2, 2/3, 3/4) + (1/2, 0, -1/4) puts expert 0 first and drops 2; weights as ever."""
+    bias = torch.tensor([0.5, 0.0, -0.25], dtype=torch.float64)
+    choice = pick(LOGITS[:1], 2, "sigmoid", False, bias=bias)
+    assert choice.indices_TK.tolist() == [[0, 1]]
+    torch.testing.assert_close(choice.weights_TK[0].tolist(), [1 / 2, 2 / 3])
 
 
 def test_on_a_tie_the_lowest_index_wins_and_the_least_difference_breaks_it() -> None:

@@ -66,7 +66,7 @@ _ELSEWHERE = MappingProxyType({
     "calibrate": "parity.cli_suite", "compare": "parity.cli_reports",
     "completion": "parity.cli_reports", "explain": "parity.cli_explain",
     "faults": "parity.faults.commands", "history": "parity.cli_reports",
-    "rank": "parity.cli_reports",
+    "rank": "parity.cli_reports", "versions": "parity.cli_versions",
 })  # fmt: skip
 """Command -> module that has it under its own name; imported when it is asked for."""
 

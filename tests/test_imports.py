@@ -47,6 +47,7 @@ READERS_OF_ENVIRONMENT = (
     "parity.gang",
     "parity.cli",
     "parity.plugin",
+    "parity.cli_versions",  # what its child processes get is this process's
     "parity.join",  # where a launcher's RANK and WORLD_SIZE arrive
     "fold_impl.engine",  # initialize() is where a launcher's WORLD_SIZE arrives
 )

@@ -1,7 +1,7 @@
 """The command `parity explain`: why a run or a case failed.
 
 Owns its options and printing. Must not import torch before a case is run. Easy to get wrong: a run
-directory is explained from its rows alone; only a CASE or --taps starts ranks.
+directory is explained from its rows alone; only a CASE, --taps or --tokens starts ranks.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _MOST_CASES = 10
 @click.argument("target", metavar="CASE|RUN_DIR")
 @click.option("--case", "only", metavar="ID", help="Explain this case of the run directory only.")
 @click.option("--taps", is_flag=True, help="Run the case again and compare inside its MoE layers.")
+@click.option("--tokens", is_flag=True, help="Run it again and split gradients over single tokens.")
 @click.option(
     "--cases", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Folder of cases."
 )
@@ -35,8 +36,8 @@ _MOST_CASES = 10
 @click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
 @click.pass_context
 def explain(
-    ctx: click.Context, /, target: str, only: str | None, taps: bool, folder: Path | None,
-    implementation: str | None, style: str,
+    ctx: click.Context, /, target: str, only: str | None, taps: bool, tokens: bool,
+    folder: Path | None, implementation: str | None, style: str,
 ) -> None:  # fmt: skip
     """Say why cases fail: sets of causes, over all shapes what is left, and where it begins.
 
@@ -60,16 +61,16 @@ def explain(
         loaded = {**_loaded(folder, {}), chosen[0].id: chosen[0]}
         results, only = {}, chosen[0].id
         implementation = implementation or DEFAULT_IMPLEMENTATION
-    tapped: dict[str, list[str]] = {}
-    if taps or not results:
+    further: dict[str, list[str]] = {}
+    if taps or tokens or not results:
         case = _case_to_run(results, loaded, only)
-        rows, tapped = _rerun(opener, implementation, case, taps)
+        rows, further = _rerun(opener, implementation, case, taps, tokens)
         results = {**results, case.id: rows} if results else {case.id: rows}
     shown = {k: v for k, v in results.items() if only in (None, k)}
     if style == "json":
-        click.echo(json.dumps(_answer(shown, loaded, tapped), indent=2))
+        click.echo(json.dumps(_answer(shown, loaded, further), indent=2))
     else:
-        click.echo("\n".join(_text(shown, results, loaded, tapped)))
+        click.echo("\n".join(_text(shown, results, loaded, further)))
     ctx.exit(1 if _failing(shown) else 0)
 
 
@@ -100,31 +101,39 @@ def _case_to_run(
 
 
 def _rerun(
-    opener: OpenJudge, implementation: str, case: Case, taps: bool
+    opener: OpenJudge, implementation: str, case: Case, taps: bool, tokens: bool
 ) -> tuple[list[Row], dict[str, list[str]]]:
+    """Run a case, and give what was asked for beside its rows: title -> lines."""
+    further: dict[str, list[str]] = {}
     with opener(implementation, "cpu", case, max_live_ranks=2 * case.shape.world) as judge:
         rows = list(judge.rows(case))
-        if not taps:
-            return rows, {}
-        from parity import taps as tapping
+        if tokens:
+            from parity import tokens as splitting
 
-        found = tapping.findings(judge, case)  # type: ignore[arg-type]
-        return rows, {case.id: tapping.lines(found, case.layout)}
+            found = splitting.fits(judge, case, rows)  # type: ignore[arg-type]
+            further[f"over the tokens of {case.id}"] = splitting.lines(found)
+        if taps:
+            from parity import taps as tapping
+
+            borders = tapping.findings(judge, case)  # type: ignore[arg-type]
+            title = f"inside the MoE layers of {case.id}"
+            further[title] = tapping.lines(borders, case.layout)
+    return rows, further
 
 
 def _text(
     shown: Mapping[str, Sequence[Row]], results: Mapping[str, Sequence[Row]],
-    loaded: Mapping[str, Case], tapped: Mapping[str, Sequence[str]],
+    loaded: Mapping[str, Case], further: Mapping[str, Sequence[str]],
 ) -> list[str]:  # fmt: skip
-    """Write failing cases, taps, and what is left over all of them."""
+    """Write failing cases, what was asked for beside them, and what is left over all of them."""
     failing = _failing(shown)
     said: list[str] = []
     for id, rows in list(failing.items())[:_MOST_CASES]:
         said += [*explanation.case_lines(rows, loaded.get(id), [*loaded.values()]), ""]
     if len(failing) > _MOST_CASES:
         said += [f"... and {len(failing) - _MOST_CASES} more failing cases", ""]
-    for id, lines in tapped.items():
-        said += [f"inside the MoE layers of {id}", *lines, ""]
+    for title, lines in further.items():
+        said += [title, *lines, ""]
     if not failing:
         return [*said, "nothing to explain: every case that was compared passed"]
     if len(results) > 1:
@@ -134,7 +143,7 @@ def _text(
 
 def _answer(
     shown: Mapping[str, Sequence[Row]], loaded: Mapping[str, Case],
-    tapped: Mapping[str, Sequence[str]],
+    further: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:  # fmt: skip
     """Give the same for another program."""
     cases = {}
@@ -147,4 +156,4 @@ def _answer(
             "ambiguous": list(explaining.ambiguity(found, loaded.values(), loaded.get(id))),
         }
     left = explaining.intersect([*shown.values()], loaded)
-    return {"schema": 1, "cases": cases, "left": [c.id for c in left], "taps": dict(tapped)}
+    return {"schema": 1, "cases": cases, "left": [c.id for c in left], "further": dict(further)}

@@ -82,7 +82,7 @@ def annotate(
         details = _experts(bad, actual, truth)
         _merge(details, _moved_experts(bad, held, given))
         _merge(details, _swapped(bad, actual, truth))
-        structural = _representatives([r for r in bad if is_structural(r)], truth)
+        structural = representatives([r for r in bad if is_structural(r)], truth)
         about = _Regression(case, model, given, seed, number, previous, step.truth.routing)
         _merge(details, about.details(structural, actual))
         _merge(details, about.paths(rows, actual))
@@ -150,7 +150,7 @@ def _swapped(
     return found
 
 
-def _representatives(rows: Sequence[Row], truth: Mapping[str, Tensor]) -> list[Row]:
+def representatives(rows: Sequence[Row], truth: Mapping[str, Tensor]) -> list[Row]:
     """Choose one failing tensor per family: the last one, nearest to the loss; weights first."""
     chosen: dict[str, Row] = {}
     for row in rows:
@@ -231,7 +231,7 @@ class _Regression:
         name = str(row.tensor)
         columns = hypotheses.paths(self.case, self.model, self.weights, drawn, name)
         unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
-        fit = _fit(actual[name].double(), list(columns.values()), unit)
+        fit = solve(actual[name].double(), list(columns.values()), unit)
         return {} if fit is None else {id(row): {"paths": dict(zip(columns, fit, strict=True))}}
 
     def _of(self, row: Row, actual: Tensor, split: reference.Shares) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class _Regression:
                 [a + b[name] for a, b in zip(x, y, strict=True)]
                 for x, y in zip(main, own, strict=True)
             ]
-        fit = _fit(actual, [t for parts in whole for t in parts], unit)
+        fit = solve(actual, [t for parts in whole for t in parts], unit)
         if fit is not None:
             gas = len(main[0])
             table = [fit[i * gas : (i + 1) * gas] for i in range(len(main))]
@@ -258,7 +258,7 @@ class _Regression:
                 return counts
         if name in self.previous:
             columns = [sum(t for parts in whole for t in parts), self.previous[name].double()]
-            fit = _fit(actual, columns, unit)  # type: ignore[arg-type]
+            fit = solve(actual, columns, unit)  # type: ignore[arg-type]
             if fit is not None:
                 return {"now_and_previous": fit}
         return {}
@@ -276,7 +276,7 @@ class _Regression:
         other = "rank" if mine == "global" else "global"
         columns = [torch.stack([t for parts in main for t in parts]).sum(0), total[mine]]
         for further in ([], [total[other]]):
-            fit = _fit(actual, [*columns, *further], unit)
+            fit = solve(actual, [*columns, *further], unit)
             if fit is not None:
                 return {"main_and_auxiliary": fit}
         return {}
@@ -290,7 +290,7 @@ class _Regression:
         columns = [torch.stack([t for parts in main for t in parts]).sum(0)]
         for x_TH in inputs:
             columns += _load_columns(x_TH, self.weights, name, self.case)
-        fit = _fit(actual, columns, unit)
+        fit = solve(actual, columns, unit)
         if fit is None or abs(fit[0] - 1.0) > 1e-6:
             return {}
         return {"auxiliary_counts": True}
@@ -313,7 +313,7 @@ def _load_columns(
     return [torch.autograd.grad(part, weight, retain_graph=True)[0] for part in parts]
 
 
-def _fit(actual: Tensor, columns: Sequence[Tensor], unit: float) -> list[float] | None:
+def solve(actual: Tensor, columns: Sequence[Tensor], unit: float) -> list[float] | None:
     """Solve actual = sum of c columns; None where it leaves a residual or is not determined.
 
     A column of zeros takes the coefficient 1: whatever it is, nothing shows.

@@ -21,17 +21,17 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def test_shares_are_found_and_given_only_where_they_fit() -> None:
     """2 a + 0 b + 1 c is found exactly; a millionth of something else is not hidden."""
     a, b, c, other = (draw(6, 8, seed=s) for s in range(4))
-    fit = contributions._fit(2 * a + c, [a, b, c], UNIT)
+    fit = contributions.solve(2 * a + c, [a, b, c], UNIT)
     assert fit == pytest.approx([2.0, 0.0, 1.0], abs=1e-12)
-    assert contributions._fit(2 * a + c + 1e-6 * other, [a, b, c], UNIT) is None
+    assert contributions.solve(2 * a + c + 1e-6 * other, [a, b, c], UNIT) is None
 
 
 def test_shares_that_cannot_be_told_apart_are_not_guessed() -> None:
     """Equal columns, or too many of them, have no solution; a zero one counts as 1."""
     a, b = draw(4, 4), draw(4, 4, seed=1)
-    assert contributions._fit(a, [a, 2 * a], UNIT) is None
-    assert contributions._fit(a[:1], [draw(1, 4, seed=s) for s in range(3)], UNIT) is None
-    assert contributions._fit(3 * b, [b, torch.zeros_like(b)], UNIT) == pytest.approx([3.0, 1.0])
+    assert contributions.solve(a, [a, 2 * a], UNIT) is None
+    assert contributions.solve(a[:1], [draw(1, 4, seed=s) for s in range(3)], UNIT) is None
+    assert contributions.solve(3 * b, [b, torch.zeros_like(b)], UNIT) == pytest.approx([3.0, 1.0])
 
 
 def test_the_expert_whose_tensor_it_is() -> None:

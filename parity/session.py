@@ -74,6 +74,8 @@ def open_judge(
     preload = (*gang.PRELOAD, *PRELOAD, *(warm.DEEPSPEED if on_deepspeed else ()))
     if implementation == "deepspeed":
         preload = (*preload, *warm.DEEPSPEED_FOLDING)
+    if implementation == "megatron_core":
+        preload = (*preload, *warm.MEGATRON)
     pool = gang.GangPool(preload, max_live_ranks=max_live_ranks, visible_devices=gpus)
     try:
         if device == "cpu" and first.engine.backend == "gloo":

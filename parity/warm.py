@@ -1,7 +1,7 @@
 """What the fork server does to a library once, before it forks ranks that inherit it.
 
-Owns the preparation of DeepSpeed. Must not know cases or implementations. Easy to get wrong: this
-runs before any process group exists, so nothing here may ask for a rank.
+Owns the preparation of DeepSpeed and Megatron-Core. Must not know cases or implementations. Easy to
+get wrong: this runs before any process group exists, so nothing here may ask for a rank.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ DEEPSPEED_FOLDING = (
 """Preloaded, too, where DeepSpeed's own folding is judged."""
 
 
+MEGATRON = ("parity.warm:megatron",)
+"""Preloaded where Megatron-Core is judged."""
+
+
 def deepspeed() -> None:
     """Keep DeepSpeed from compiling an operator in every gang's first case, and from chatting.
 
@@ -49,3 +53,15 @@ def hugging_face() -> None:
     with contextlib.suppress(ImportError):
         for name in ("mixtral", "qwen3_moe"):
             importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+def megatron() -> None:
+    """Import what the adapter of Megatron-Core uses, where it is there."""
+    import contextlib
+    import importlib
+    import warnings
+
+    with contextlib.suppress(ImportError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages it would like to have
+        for name in ("models.gpt", "optimizer", "pipeline_parallel.schedules"):
+            importlib.import_module(f"megatron.core.{name}")

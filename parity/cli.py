@@ -114,6 +114,8 @@ def main() -> None:
     Exit codes: 0 parity holds; 1 mismatch or precision leak; 2 usage, bad case or config;
     3 infrastructure (a rank died or hung; wins over 1); 5 nothing selected or all skipped.
     """
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # where a `module:attr` that is not installed is looked for, too
 
 
 # --- run ----------------------------------------------------------------------------------------

@@ -80,11 +80,17 @@ class RankContext:
 class Implementation(Protocol):
     """A trainer under test. One object is built once and stepped in order.
 
-    Optional members (their absence is noted in the results): `replay(routing)`, `fault_points`
-    with `plant(point, transform)`, `taps()`, and `save(path)` / `load(path)`, where load
-    returns notes on what it could not restore exactly (or None), and may be called at another
-    layout. With them `optimizer_state()` -> {parameter: {entry: this rank's part, or a number}} may
-    stand, so that what an update only hints at is compared itself.
+    Optional members (their absence is noted in the results): `gradients()`, `grad_norm()`,
+    `replay(routing)`, `fault_points` with `plant(point, transform)`, `taps()`, and `save(path)` /
+    `load(path)`, where load returns notes on what it could not restore exactly (or None), and may
+    be called at another layout. With them `optimizer_state()` -> {parameter: {entry: this rank's
+    part, or a number}} may stand, so that what an update only hints at is compared itself.
+
+    gradients() -> this rank's shard of every gradient of the last step (or None), reduced, not
+    clipped. Without it: `.grad` of what `parameters()` gives.
+
+    grad_norm() -> the engine's own global gradient norm of the last step, before clipping. Without
+    it, or where it gives None, its row is skipped; what it clips is judged by the update.
     """
 
     def build(self, model: nn.Module, config: Mapping[str, Any], context: RankContext) -> None:
@@ -107,15 +113,6 @@ class Implementation(Protocol):
     def parameters(self) -> Mapping[str, Tensor]:
         """Give this rank's shard of every parameter now (master weights where they exist)."""
 
-    def gradients(self) -> Mapping[str, Tensor | None]:
-        """Give this rank's shard of every gradient of the last step, reduced, not clipped."""
-
-    def grad_norm(self) -> float | None:
-        """Give the engine's own global gradient norm of the last step, before clipping.
-
-        None: the engine has none here; its row is skipped, what it clips is judged by the update.
-        """
-
     def routing(self) -> Routing:
         """Give the experts chosen in the last step on this rank's tokens."""
 
@@ -125,11 +122,17 @@ REQUIRED: tuple[str, ...] = (
     "step",
     "placements",
     "parameters",
-    "gradients",
-    "grad_norm",
     "routing",
 )
-OPTIONAL: tuple[str, ...] = ("replay", "taps", "fault_points", "save", "load")
+OPTIONAL: tuple[str, ...] = (
+    "gradients",
+    "grad_norm",
+    "replay",
+    "taps",
+    "fault_points",
+    "save",
+    "load",
+)
 
 
 class Refusal(Exception):  # noqa: N818 - a verdict of the implementation, not an error of ours

@@ -213,11 +213,22 @@ def _step(
     return StepResult(
         losses=losses,
         before=before,
-        gradients=_arrays(implementation.gradients()),
+        gradients=_arrays(_gradients(implementation)),
         after=_arrays(implementation.parameters()),
-        grad_norm=implementation.grad_norm(),
+        grad_norm=getattr(implementation, "grad_norm", _no_norm)(),
         routing=[[_array(t) for t in layers] for layers in implementation.routing()],
     )
+
+
+def _gradients(implementation: Implementation) -> Mapping[str, Tensor | None]:
+    if not hasattr(implementation, "gradients"):
+        return {name: tensor.grad for name, tensor in implementation.parameters().items()}
+    found: Mapping[str, Tensor | None] = implementation.gradients()
+    return found
+
+
+def _no_norm() -> None:
+    """Stand for the norm of an engine that has none."""
 
 
 def _on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

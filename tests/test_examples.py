@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_qwen3_moe.py"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SCRIPT = EXAMPLES / "train_qwen3_moe.py"
 
 
 def test_the_training_example_learns() -> None:
@@ -30,3 +32,27 @@ def test_the_training_example_learns() -> None:
     losses = [float(found) for found in re.findall(r"loss ([\d.]+)", done.stdout)]
     assert len(losses) == 4
     assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize(("trainer", "code"), [("TwoRankMLP", 0), ("Forgetful", 1)])
+def test_a_trainer_of_ones_own_is_judged(trainer: str, code: int, tmp_path: Path) -> None:
+    """It passes without the bug; with it the cause stands alone, the norm below the MLP at 1/tp."""
+    assert len((EXAMPLES / "two_rank_mlp.py").read_text().splitlines()) <= 80
+    parity = Path(sys.executable).with_name("parity")  # a script: the working folder is no sys.path
+    words = ["run", "examples/two_rank_mlp.toml", "--out", str(tmp_path), "--format", "json"]
+    done = subprocess.run(
+        [str(parity), *words, "--implementation", f"examples.two_rank_mlp:{trainer}"],
+        cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    families = {line["family"]: line for line in found["families"]}
+    assert len(families) == 6
+    if not code:
+        assert found["counts"]["pass"] == 1
+        return
+    (failure,) = found["failures"]
+    assert failure["causes"] == ["dense-input-gradient-partial"]
+    scales = {row["tensor"]: row["scale"] for row in failure["rows"]}
+    assert scales["layers.1.mlp_norm.weight"] == pytest.approx(0.5, abs=1e-5)
+    assert families["layernorm"]["replica"] == 0

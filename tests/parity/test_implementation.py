@@ -18,7 +18,7 @@ from parity.implementation import (
 )
 
 COMPLETE: Any = type("Complete", (), dict.fromkeys(REQUIRED, lambda *_: None))
-LACKING: Any = type("Lacking", (), {n: max for n in REQUIRED if n != "grad_norm"})
+LACKING: Any = type("Lacking", (), {n: max for n in REQUIRED if n != "routing"})
 OBJECT = COMPLETE()
 HERE = "tests.parity.test_implementation"
 
@@ -44,7 +44,7 @@ def test_a_class_is_made_anew_and_an_object_given_as_it_is() -> None:
         ("fold_imp", r"'fold_imp'.*; allowed: .*fold_impl.*, module:attr"),
         ("no.such.module:X", "No module named 'no'"),
         (f"{HERE}:Missing", "has no attribute 'Missing'"),
-        (f"{HERE}:LACKING", "lacks grad_norm"),
+        (f"{HERE}:LACKING", "lacks routing"),
     ],
 )
 def test_what_cannot_be_found_is_a_usage_error_that_says_why(name: str, words: str) -> None:

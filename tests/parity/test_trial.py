@@ -305,3 +305,15 @@ def test_options_of_a_case_are_merged_into_their_sections() -> None:
     config = written(**options)
     assert config["tensor_parallel"] == {"autotp_size": 2, "preset_model": "mixtral"}
     assert config["steps_per_print"] == 5
+
+
+def test_gradients_are_those_of_the_parameters_where_nothing_else_is_offered() -> None:
+    """Without `gradients()`: `.grad` of each; a copy that has none shows as None."""
+    weight = nn.Parameter(torch.ones(2))
+    weight.sum().backward()
+    plain: Any = SimpleNamespace(parameters=lambda: {"a": weight, "b": weight.detach()})
+    found = trial._gradients(plain)
+    assert found["a"] is weight.grad
+    assert found["b"] is None
+    plain.gradients = lambda: {"a": weight}
+    assert trial._gradients(plain) == {"a": weight}

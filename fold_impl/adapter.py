@@ -109,7 +109,7 @@ class FoldImplementation:
 
     def save(self, path: str) -> None:
         """Write everything the run needs to go on."""
-        self._engine.save_checkpoint(path)  # an engine that cannot refuses in its own words
+        self._engine.save_checkpoint(path)
 
     def load(self, path: str) -> tuple[str, ...]:
         """Go on from what `save` wrote, also at another layout; say what is not exact then."""

@@ -1,28 +1,15 @@
 """DeepSpeed's own engine under a folded model: ZeRO 0, 1 and 2, mixed precision, from outside.
 
-Owns what DeepSpeed is told about groups and families, and what of its engine is replaced because
-it is wrong for folded layouts (docs/findings). Must not know modules' forward. Easy to get wrong:
-DeepSpeed divides every gradient by the size of its data-parallel group, whatever the family.
-
-The trick: the whole stage (tp * dp ranks) is DeepSpeed's data-parallel group.
-
-    rule               summed over   DeepSpeed divides by   still owed
-    AVERAGE            stage         tp dp                  1
-    SUM                stage         tp dp                  tp
-    SKIP               dp            tp dp                  tp
-    EXPERT_TP_CANCEL   edp           tp dp                  1
-    EXPERT             edp           tp dp                  tp
-
-What is owed is put on the leaf by a tensor hook: linear, hence exact under any accumulation,
-applied once per micro-batch before DeepSpeed sees the gradient, and without a collective.
+Owns what of DeepSpeed's engine is replaced because it is wrong for folded layouts (docs/findings),
+and what a checkpoint holds of it. Must not know modules' forward. Easy to get wrong: DeepSpeed has
+one table of groups for a process, so an engine puts its own in before each backward and step.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import deepspeed
@@ -32,9 +19,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaleConfig, LossScaleProfile
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups as registry
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._C._distributed_c10d import _broadcast_coalesced
@@ -43,15 +28,21 @@ from fold_impl import states
 from fold_impl.balance import CorrectionBias
 from fold_impl.checkpoint import CheckpointError, Checkpointing, OptimizerState
 from fold_impl.config import ConfigError, FoldConfig, Unsupported
-from fold_impl.families import FoldedParameter, Rule, rule_of
-from fold_impl.groups import AXES, FoldGroups, Group, NewGroup
-from fold_impl.layout import FoldLayout
+from fold_impl.families import FoldedParameter
+from fold_impl.groups import FoldGroups, NewGroup
 from fold_impl.moe import FoldedMoE
 from fold_impl.optimizers import Lion
 from fold_impl.partitions import Partition, Partitions, check_rounded
 from fold_impl.points import Points
 from fold_impl.reduce import clip_coefficient, global_norm
 from fold_impl.states import Grouping
+from fold_impl.zero_optimizers import (
+    StageZeroOptimizer,
+    StepwiseScaleOptimizer,
+    model_groups,
+    paired,
+)
+from fold_impl.zero_plan import Plan, make_plan, split_groups
 
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, Lion)
 """Optimizers that may see a flat piece of several parameters: they treat each entry alone."""
@@ -60,149 +51,6 @@ BROADCAST_BYTES = 1 << 28
 """Size of one message when engines start: torch's DistributedDataParallel takes 250 MiB."""
 SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What a dynamic loss scale remembers; ZeRO-0's has no hysteresis."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Parameters that DeepSpeed reduces over one group.
-
-    name: None for its data-parallel group, else that of an "expert" group. DeepSpeed rebuilds the
-    name of the largest one as ep_size_<int>, so no other spelling works.
-    """
-
-    name: str | None
-    replicas: Group
-    """Ranks that hold the same parts: what is summed over."""
-    shards: Group
-    """One rank of every distinct part: what DeepSpeed adds norms and overflows over."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """A folded parameter as DeepSpeed is to see it; `factor` is what the table above calls owed."""
-
-    folded: FoldedParameter
-    kind: Kind
-    factor: float
-
-
-class StageUnit:
-    """What DeepSpeed asks an `mpu`: it reduces over the stage, and counts batches by dp.
-
-    No model parallelism is visible, so nothing is filtered out of norms. The size of the
-    data-parallel *world* feeds only the arithmetic of batch sizes and progress counters.
-    """
-
-    def __init__(self, stage: Group, dp_size: int, own: Group) -> None:
-        self._stage, self._dp_size, self._own = stage, dp_size, own
-
-    def get_data_parallel_group(self) -> Any:
-        """Give the group gradients are reduced and optimizer states are divided over."""
-        return self._stage.handle
-
-    def get_data_parallel_world_size(self) -> int:
-        """Give the number of ranks that see different samples."""
-        return self._dp_size
-
-    def get_data_parallel_rank(self) -> int:
-        """Give this rank's place in the group."""
-        return self._stage.index
-
-    def get_model_parallel_group(self) -> Any:
-        """Give this rank alone."""
-        return self._own.handle
-
-    def get_model_parallel_world_size(self) -> int:
-        """Give 1."""
-        return 1
-
-    def get_model_parallel_rank(self) -> int:
-        """Give 0."""
-        return 0
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything DeepSpeed's engine is told about a folded model."""
-
-    members: Sequence[Member]
-    groups: FoldGroups
-    stage: Group
-    unit: StageUnit
-
-    def kinds(self) -> list[Kind]:
-        """List the kinds in use, in an order equal on all ranks."""
-        return list({member.kind.name: member.kind for member in self.members}.values())
-
-    def register(self) -> None:
-        """Make these groups those of DeepSpeed's module, which keeps one set for all engines."""
-        registry._release_process_group_references(None)
-        registry._WORLD_GROUP = self.stage.handle
-        registry.mpu = self.unit
-        for kind in self.kinds():
-            if kind.name is not None:
-                registry._EXPERT_PARALLEL_GROUP[kind.name] = kind.shards.handle
-                registry._EXPERT_PARALLEL_GROUP_RANKS[kind.name] = list(kind.shards.ranks)
-                registry._EXPERT_DATA_PARALLEL_GROUP[kind.name] = kind.replicas.handle
-                registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[kind.name] = list(kind.replicas.ranks)
-
-
-def make_plan(
-    parameters: Sequence[FoldedParameter], groups: FoldGroups, new_group: NewGroup, points: Points
-) -> Plan:
-    """Assign every parameter its kind and factor.
-
-    Collective: every rank of the world calls it alike (it makes process groups).
-    """
-    layout, rank = groups.layout, groups.rank
-    handles = _handles(groups, new_group)
-
-    def group(ranks: tuple[int, ...]) -> Group:
-        return Group(ranks, ranks.index(rank), handles[ranks])
-
-    stage, own = group(groups.stage.ranks), group((rank,))
-    model = group(layout.group_of("expert_model", rank))
-    kinds = {
-        "stage": Kind(None, stage, own),
-        "dp": Kind("ep_size_0", group(groups.dp.ranks), group(groups.tp.ranks)),
-        "edp": Kind(f"ep_size_{model.size}", group(groups.edp.ranks), model),
-    }
-    members = []
-    for folded in parameters:
-        rule: Rule = rule_of(folded.placement, partial=folded.partial)
-        rule = points("reduce.rule", rule, name=folded.name, family=folded.family, layout=layout)
-        kind = kinds[rule.axis()]
-        if kind.replicas.size == stage.size:
-            kind = kinds["stage"]
-        factor = layout.tp_size * layout.dp_size / rule.divisor(layout)
-        members.append(Member(folded, kind, factor))
-    return Plan(members, groups, stage, StageUnit(stage, layout.dp_size, own))
-
-
-def _handles(groups: FoldGroups, new_group: NewGroup) -> dict[tuple[int, ...], Any]:
-    """Give a process group for every rank tuple DeepSpeed may be shown, singletons included.
-
-    Where folding itself needs no communicator, None would mean the whole world to DeepSpeed.
-    """
-    layout, rank = groups.layout, groups.rank
-    held = [getattr(groups, axis) for axis in AXES]
-    handles = {group.ranks: group.handle for group in held if group.handle is not None}
-    made = {ranks for axis in AXES for ranks in layout.groups(axis) if len(ranks) > 1}
-    for ranks in (*layout.groups("expert_model"), *_singletons(layout)):
-        if ranks not in made:
-            made.add(ranks)
-            handle = new_group(ranks)
-            if rank in ranks:
-                handles[ranks] = handle
-    return handles
-
-
-def _singletons(layout: FoldLayout) -> list[tuple[int, ...]]:
-    return [(rank,) for rank in range(layout.world_size)]
 
 
 # ---------------------------------------------------------------- what is refused
@@ -260,33 +108,9 @@ def build_zero_engine(
         if member.kind.name is not None:
             member.folded.parameter.allreduce = False  # type: ignore[attr-defined]
             member.folded.parameter.group_name = member.kind.name  # type: ignore[attr-defined]
-    grouping = _split_groups(optimizer, plan.members)
+    grouping = split_groups(optimizer, plan.members)
     plan.register()
     return ZeroEngine(model, plan, config, optimizer, grouping, schedule, points)
-
-
-def _split_groups(optimizer: torch.optim.Optimizer, members: Sequence[Member]) -> Grouping:
-    """Split the optimizer's groups so that each holds one kind, as DeepSpeed wants it.
-
-    Frozen parameters leave; a group that would be empty is left out.
-
-    Returns:
-        Names in the groups there are now, and which given group each is a part of.
-    """
-    names = {id(member.folded.parameter): member.folded.name for member in members}
-    kinds = {id(member.folded.parameter): member.kind.name for member in members}
-    split, origin = [], []
-    for place, group in enumerate(optimizer.param_groups):
-        parts: dict[str | None, list[nn.Parameter]] = {}
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                parts.setdefault(kinds[id(parameter)], []).append(parameter)
-        for name, part in parts.items():
-            marks = {"name": "dense"} if name is None else {"name": name, "moe": True}
-            split.append({**group, **marks, "params": part})
-            origin.append(place)
-    optimizer.param_groups[:] = split
-    return Grouping([[names[id(p)] for p in group["params"]] for group in split], origin)
 
 
 class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
@@ -334,7 +158,7 @@ class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
             config=passed,
             config_class=DeepSpeedConfig(passed, plan.unit),
         )
-        held = {id(p) for group in _model_groups(self.optimizer) for p in group}
+        held = {id(p) for group in model_groups(self.optimizer) for p in group}
         self._trained = [m.folded for m in plan.members if id(m.folded.parameter) in held]
         self._partitions = self._read_partitions()
         masters = self._copies()
@@ -524,7 +348,7 @@ class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
             assert self._partitions is not None
             found = self._partitions.gradients()
         elif isinstance(self.optimizer, BF16_Optimizer):
-            found = self._by_name(_pairs(self.optimizer.fp32_groups_gradients, self.optimizer))
+            found = self._by_name(paired(self.optimizer.fp32_groups_gradients, self.optimizer))
         else:
             found = {
                 p.name: None if p.parameter.grad is None else _copied(p.parameter.grad)
@@ -557,7 +381,7 @@ class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
             return None
         members = {id(member.folded.parameter): member for member in self.plan.members}
         found = []
-        for parameters, masters in zip(_model_groups(self.optimizer), pieces, strict=True):
+        for parameters, masters in zip(model_groups(self.optimizer), pieces, strict=True):
             group = [members[id(parameter)] for parameter in parameters]
             folded = [member.folded for member in group]
             found.append(Partition(folded, group[0].kind.replicas, masters))
@@ -567,7 +391,7 @@ class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
         """Give the float32 copies that are stepped in the place of parameters (ZeRO-0, 16 bit)."""
         if not self._is_stage_zero_low():
             return {}
-        pairs = _pairs(self.optimizer.fp32_groups, self.optimizer)
+        pairs = paired(self.optimizer.fp32_groups, self.optimizer)
         return {id(parameter): master for parameter, master in pairs}
 
     @property
@@ -689,87 +513,9 @@ class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
         self._global_grad_norm = None
 
 
-class StepwiseScaleOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-    """DeepSpeed's optimizer of ZeRO-1/2, whose dynamic loss scale grows after the step.
-
-    DeepSpeed lets it grow first and then divides the gradients by the new scale: half an update.
-    """
-
-    _grows = False
-
-    def _update_scale(self, has_overflow: bool = False) -> None:
-        if has_overflow:
-            super()._update_scale(True)
-        self._grows = not has_overflow
-
-    def step(self, closure: Any = None) -> None:
-        """Update with the scale the gradients were computed with."""
-        super().step(closure)
-        if self._grows:
-            super()._update_scale(False)
-            self._grows = False
-
-
-class StageZeroOptimizer(FP16_UnfusedOptimizer):  # type: ignore[misc]
-    """DeepSpeed's 16-bit optimizer of ZeRO-0, with a norm that counts every shard once."""
-
-    global_norm_of: Callable[[Iterable[tuple[nn.Parameter, Tensor]]], float]
-
-    def initialize_optimizer_states(self) -> None:
-        """Leave the states to the first step.
-
-        DeepSpeed runs a step on zero gradients here: Adam's counter then starts at 1, and AdamW
-        decays the master weights before training.
-        """
-
-    @property
-    def scale_missed_by_backward(self) -> float:
-        """Factor on the loss that `DeepSpeedEngine.backward` puts on for ZeRO optimizers only."""
-        return float(self.loss_scale) if self.loss_scale_config.use_grad_scaling else 1.0
-
-    def step(self, closure: Any = None) -> bool:
-        """Update the masters, or skip the step on every rank alike if any gradient is not finite.
-
-        One collective: the sum of squares over the stage, whose result is not finite exactly if
-        some gradient of some rank is not.
-        """
-        assert closure is None
-        pairs = list(_pairs(self.fp32_groups, self))
-        for parameter, master in pairs:
-            given = parameter.grad
-            master.grad = torch.zeros_like(master) if given is None else given.to(master.dtype)
-        scaled_norm = self.global_norm_of(pairs)
-        if not math.isfinite(scaled_norm):
-            return bool(self._skip_invalid_grad_norm())
-        self.overflow = False
-        self._global_grad_norm = scaled_norm / self.loss_scale_config.cur_scale
-        self.unscale_and_clip_grads(scaled_norm)
-        self._update_scale(False)
-        self.optimizer.step()
-        for parameter, master in pairs:
-            master.grad = None
-            parameter.data.copy_(master.data)
-        return False
-
-
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32, copy=True)
 
 
 def _times(factor: float) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient * factor
-
-
-def _model_groups(optimizer: Any) -> list[list[nn.Parameter]]:
-    """Give the model's own parameters, group by group, behind any of the four optimizers."""
-    for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
-        if hasattr(optimizer, name):
-            groups: list[list[nn.Parameter]] = getattr(optimizer, name)
-            return groups
-    return [group["params"] for group in optimizer.param_groups]
-
-
-def _pairs(held: Any, optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Pair the model's parameters with what the optimizer holds for each."""
-    for parameters, tensors in zip(_model_groups(optimizer), held, strict=True):
-        yield from zip(parameters, tensors, strict=True)

@@ -327,7 +327,11 @@ def test_state_that_is_lost_or_another_s_bends_the_curve(
 
 
 def alone(
-    seed: int = 0, optimizer: Mapping[str, Any] = ADAMW, schedule: bool = True, **fields: Any
+    seed: int = 0,
+    optimizer: Mapping[str, Any] = ADAMW,
+    schedule: bool = True,
+    dtype: torch.dtype = torch.float64,
+    **fields: Any,
 ) -> NativeEngine:
     """Build the engine of a world of one rank; no process group is made."""
 
@@ -335,7 +339,7 @@ def alone(
         raise AssertionError(ranks)
 
     config = FoldConfig.from_dict(fold_config((1, 1, 1, 1), optimizer, MICRO_BATCHES), world_size=1)
-    whole = full_model(seed, **fields)
+    whole = full_model(seed, **fields).to(dtype)
     engine: NativeEngine = build_engine(whole, config, 0, new_group=no_group)
     if schedule:
         engine.lr_scheduler = scheduler_of(engine.optimizer)
@@ -530,13 +534,14 @@ def test_the_undamaged_checkpoint_is_taken(folder: Path) -> None:
         ({"model.layers": 2}, "other weights than the model's; expected layers.1."),
         ({"model.vocab": 41}, "embedding.weight: another shape; expected (41, 48), found (37, 48)"),
         ({"model.biases": True}, "other weights than the model's; expected layers.0.attention."),
+        ({"dtype": torch.float32}, "weight: another dtype; expected float32, found float64"),
     ],
-    ids=["optimizer", "scheduler", "layers", "vocabulary", "biases"],
+    ids=["optimizer", "scheduler", "layers", "vocabulary", "biases", "precision"],
 )
 def test_a_checkpoint_of_another_run_is_refused(
     folder: Path, present: dict[str, Any], said: str
 ) -> None:
-    """Optimizer, schedule, names and shapes are those of the run that is to go on."""
+    """Optimizer, schedule, names, shapes, precision are those of the run that is to go on."""
     engine = alone(**present)
     before = snapshot(engine)
     with pytest.raises(CheckpointError) as refusal:

@@ -43,6 +43,7 @@ ADAMW = {"type": "AdamW", "params": {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.
 GROWING = {"enabled": True, "loss_scale": 0, "initial_scale_power": 6, "loss_scale_window": 2}
 """Doubles after steps 3, 5, 7 and 9."""
 FP16 = {"fp16": GROWING}
+WARM_UP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 8}}}
 
 
 # --- jobs: they run in the ranks -----------------------------------------------------------------
@@ -66,6 +67,8 @@ class Job:
     target: Path | None = None
     """Saved to after step `HALF`; a loaded one at once, unchanged, as `as-loaded` too."""
     schedule: bool = False
+    frozen: tuple[str, ...] = ()
+    """Weights that are not trained."""
     fault: str | None = None
     """Planted at `checkpoint.part`."""
 
@@ -103,6 +106,8 @@ def config(job: Job) -> FoldConfig:
 def build(job: Job, runtime: RankRuntime) -> Any:
     """Make an engine; one that loads begins with other weights."""
     model = models.build(SPEC, 0 if job.source is None else 9, idle_expert=True).float()
+    for name in job.frozen:
+        model.get_parameter(name).requires_grad_(False)
     optimizer, schedule = None, None
     if job.schedule:
         named = dict(model.named_parameters())
@@ -263,6 +268,8 @@ KINDS: dict[str, Job] = {
     "z0-fp16": Job(W4, 0, FP16),
     "z1-fp16": Job(W4, 1, FP16),
     "z2-fp16": Job(W4, 2, FP16, SGD),
+    "z1-warmup": Job(W4, 1, WARM_UP, MOMENTUM),
+    "z2-bf16-frozen": Job(W4, 2, BF16, frozen=("embedding.weight", "layers.0.moe.experts.w1")),
 }
 
 
@@ -279,6 +286,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(
         assert other.kept == one.kept
         assert other.losses == one.losses[HALF:]
         assert other.end == one.end
+        assert other.rates == one.rates
         assert one.kept["training"]["global_steps"] == HALF
         scale = one.kept["training"]["loss_scale"]
         assert (scale is not None) == ("fp16" in kind)

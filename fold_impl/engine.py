@@ -59,7 +59,6 @@ class NativeEngine(Checkpointing):
         self._trained = [
             p for p in parameters if p.parameter.requires_grad and id(p.parameter) in held
         ]
-        self._grouping = states.Grouping.whole(optimizer, parameters)
         rate = config.correction_bias_rate
         self._correction = CorrectionBias(self.moe_layers(), groups, rate, points)
 
@@ -207,6 +206,10 @@ class NativeEngine(Checkpointing):
             found = f"after micro-batch {done} of {gas}"
             raise CheckpointError("not at", "engine", "the end of a step", found)
         return {"global_steps": self.global_steps, **self._trainer_state()}
+
+    @property
+    def _grouping(self) -> states.Grouping:
+        return states.Grouping.whole(self.optimizer, self.folded_parameters)
 
     def _trainer_state(self) -> dict[str, Any]:
         return states.trainer_state(self.optimizer, self.lr_scheduler, self._grouping)

@@ -32,6 +32,9 @@ Options of a case, checked by Megatron itself:
     overlap_grad_reduce = true
     use_distributed_optimizer = true
 
+bfloat16 is trained as its scripts do: `Float16Module`, gradients added up in float32, float32
+masters. The routing is then replayed, by Megatron's own `RouterReplay`.
+
 With `calculate_per_token_loss` the schedule, not `loss_scale`, divides by the number of tokens: one
 objective, as long as `data.step_scale` is 1.
 
@@ -43,8 +46,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +56,9 @@ from torch import distributed as dist
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from parity import case as cases
-from parity.implementation import Batch, Family, Placement, RankContext, Refusal, Shard
+from parity.implementation import Batch, Placement, RankContext, Refusal
 from parity.implementations import megatron_state as state
+from parity.implementations.megatron_names import Entry, entries, piece_of
 from parity.layout import Layout
 from parity.models import Tiny
 
@@ -68,126 +71,6 @@ class Norm(nn.LayerNorm):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps, bias=False, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-# ---------------------------------------------------------------- names and cuts
-
-
-@dataclass(frozen=True)
-class Part:
-    """A logical parameter, or one expert of it, inside one of Megatron's."""
-
-    parameter: Any
-    view: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    """Megatron's tensor -> the part of it, as a view that can be written."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where Megatron keeps this rank's piece of a logical parameter."""
-
-    placement: Placement
-    parts: tuple[Part, ...]
-    """One; of routed experts one for each that is here."""
-
-    def read(self, tensor_of: Callable[[Any], Tensor]) -> Tensor:
-        """Copy this rank's piece out of the parameters, their gradients, or the like."""
-        parts = [_matrix(part.view(tensor_of(part.parameter))) for part in self.parts]
-        return torch.stack(parts) if self.placement.family == "expert" else parts[0].clone()
-
-    def write(self, piece: Tensor) -> None:
-        """Set this rank's piece of the parameter."""
-        pieces = piece if self.placement.family == "expert" else piece.unsqueeze(0)
-        for part, value in zip(self.parts, pieces, strict=True):
-            view = part.view(part.parameter.data)
-            view.copy_(value.reshape(view.shape))
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """Merge the heads that a view of queries, keys or values keeps apart."""
-    return tensor.flatten(0, 1) if tensor.dim() == 3 else tensor
-
-
-def _entry(family: Family, parameter: Any, *shards: Shard) -> Entry:
-    return Entry(Placement(family, shards), (Part(parameter),))
-
-
-_ROWS, _COLUMNS = Shard("tp", 0), Shard("tp", 1)
-
-
-def entries(model: Any, spec: cases.Model) -> dict[str, Entry]:
-    """Find every logical parameter of the tiny model in Megatron's.
-
-    Args:
-        model: the GPTModel, two layers to a block.
-        spec: of the tiny model.
-    """
-    found = {
-        "embedding.weight": _entry("embedding", model.embedding.word_embeddings.weight, _ROWS),
-        "norm.weight": _entry("layernorm", model.decoder.final_layernorm.weight),
-    }
-    if not spec.tied:
-        found["head.weight"] = _entry("dense", model.output_layer.weight, _ROWS)
-    for block in range(spec.layers):
-        dense, sparse = model.decoder.layers[2 * block : 2 * block + 2]
-        name, moe = f"layers.{block}", sparse.mlp
-        for norm, module in (
-            ("attention_norm", dense.input_layernorm),
-            ("mlp_norm", dense.pre_mlp_layernorm),
-            ("moe_norm", sparse.pre_mlp_layernorm),
-        ):
-            found[f"{name}.{norm}.weight"] = _entry("layernorm", module.weight)
-        found |= _attention(f"{name}.attention", dense.self_attention, spec.hidden // spec.heads)
-        found |= _mlp(f"{name}.mlp", "dense", dense.mlp)
-        found[f"{name}.moe.router.weight"] = _entry("router", moe.router.weight)
-        found |= _experts(f"{name}.moe.experts", moe.experts.local_experts)
-        if spec.shared_width:
-            found |= _mlp(f"{name}.moe.shared", "shared_expert", moe.shared_experts)
-    return found
-
-
-def _attention(name: str, module: Any, head_dim: int) -> dict[str, Entry]:
-    found = {f"{name}.o.weight": _entry("attention", module.linear_proj.weight, _COLUMNS)}
-    for index, letter in enumerate("qkv"):
-        part = Part(module.linear_qkv.weight, _heads(index, head_dim))
-        found[f"{name}.{letter}.weight"] = Entry(Placement("attention", (_ROWS,)), (part,))
-    return found
-
-
-def _mlp(name: str, family: Family, module: Any) -> dict[str, Entry]:
-    found = {f"{name}.w2.weight": _entry(family, module.linear_fc2.weight, _COLUMNS)}
-    for index, letter in enumerate(("w1", "w3")):
-        part = Part(module.linear_fc1.weight, _nth(index, 2))
-        found[f"{name}.{letter}.weight"] = Entry(Placement(family, (_ROWS,)), (part,))
-    return found
-
-
-def _experts(name: str, modules: Sequence[Any]) -> dict[str, Entry]:
-    rows = Placement("expert", (Shard("ep", 0), Shard("etp", 1)))
-    columns = Placement("expert", (Shard("ep", 0), Shard("etp", 2)))
-    found = {f"{name}.w2": Entry(columns, tuple(Part(m.linear_fc2.weight) for m in modules))}
-    for index, letter in enumerate(("w1", "w3")):
-        parts = tuple(Part(m.linear_fc1.weight, _nth(index, 2)) for m in modules)
-        found[f"{name}.{letter}"] = Entry(rows, parts)
-    return found
-
-
-def _nth(index: int, count: int) -> Callable[[Tensor], Tensor]:
-    """Give one of the equal blocks of rows of a fused weight."""
-    return lambda tensor: tensor.view(count, -1, tensor.shape[-1])[index]
-
-
-def _heads(index: int, head_dim: int) -> Callable[[Tensor], Tensor]:
-    """Give queries, keys or values (heads, D, H) of a weight that has all three head by head."""
-    return lambda tensor: tensor.view(-1, 3, head_dim, tensor.shape[-1])[:, index]
-
-
-def piece_of(full: Tensor, placement: Placement, layout: Layout, rank: int) -> Tensor:
-    """Cut a rank's piece out of a full logical tensor."""
-    at = layout.coordinate(rank)
-    for shard in placement.shards:
-        full = full.chunk(getattr(layout, shard.axis), shard.dim)[getattr(at, shard.axis)]
-    return full
 
 
 # ---------------------------------------------------------------- configs
@@ -227,6 +110,8 @@ def transformer_fields(
         "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": layout.tp > 1,
         "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "moe_enable_routing_replay": dtype is torch.bfloat16,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
@@ -290,6 +175,7 @@ class MegatronCoreImplementation:
         self._gradients: dict[str, Tensor | None] = {}
         self._norm: float | None = None
         self._routing: list[list[Tensor]] = []
+        self._replay: Sequence[Sequence[Tensor]] | None = None
 
     # building
 
@@ -320,40 +206,52 @@ class MegatronCoreImplementation:
         with self._running():
             state.enter(context)
             with _refusals(ValueError, NotImplementedError, AssertionError):
-                self._make(asked, options.get("ddp", {}), config)
-            full = dict(model.named_parameters())
-            self._entries = entries(self._gpt, model.spec)
-            assert full.keys() == self._entries.keys(), full.keys() ^ self._entries.keys()
-            for name, entry in self._entries.items():
-                cut = piece_of(full[name].detach(), entry.placement, context.layout, context.rank)
-                entry.write(cut)
+                self._make_model(asked)
+            self._write(dict(model.named_parameters()))
+            with _refusals(ValueError, NotImplementedError, AssertionError):
+                self._wrap(options.get("ddp", {}), config)
             self._watch_routers()
 
-    def _make(self, asked: dict[str, Any], ddp: dict[str, Any], config: Mapping[str, Any]) -> None:
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
+    def _make_model(self, asked: dict[str, Any]) -> None:
         from megatron.core.models.gpt import GPTModel
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer import TransformerConfig
 
-        transformer = TransformerConfig(**asked)
         self._gpt = GPTModel(
-            config=transformer,
+            config=TransformerConfig(**asked),
             transformer_layer_spec=_layer_specs(self._spec),
             vocab_size=self._spec.vocab,
             max_sequence_length=1,  # of learned positions, which there are none of
             position_embedding_type="none",
             share_embeddings_and_output_weights=self._spec.tied,
         ).to(self._dtype)
+
+    def _write(self, full: Mapping[str, Tensor]) -> None:
+        """Give the model its pieces of the weights, before masters are copied from them."""
+        self._entries = entries(self._gpt, self._spec)
+        assert full.keys() == self._entries.keys(), full.keys() ^ self._entries.keys()
+        layout, rank = self._context.layout, self._context.rank
+        for name, entry in self._entries.items():
+            entry.write(piece_of(full[name].detach(), entry.placement, layout, rank))
+
+    def _wrap(self, ddp: dict[str, Any], config: Mapping[str, Any]) -> None:
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.transformer.module import Float16Module
+
+        transformer = self._gpt.config
+        low = transformer.bf16
         self._ddp = DistributedDataParallel(
-            transformer, DistributedDataParallelConfig(**ddp), self._gpt
+            transformer,
+            DistributedDataParallelConfig(**{"grad_reduce_in_fp32": low, **ddp}),
+            Float16Module(transformer, self._gpt) if low else self._gpt,
         )
         made = optimizer_fields(config, self._ddp.ddp_config.use_distributed_optimizer)
         self._optimizer = get_megatron_optimizer(
-            OptimizerConfig(**made, params_dtype=self._dtype),
+            OptimizerConfig(**made, params_dtype=self._dtype, bf16=low),
             [self._ddp],
             config_overrides={},  # weight decay on every weight, as the harness's optimizers do
             use_gloo_process_groups=False,
@@ -375,6 +273,10 @@ class MegatronCoreImplementation:
                 probs, chosen = answer
                 order = probs.detach().masked_fill(~chosen, -1.0).sort(descending=True, stable=True)
                 self._routing[-1][at] = order.indices[:, : self._spec.top_k]
+                if self._replay is not None:  # near ties are in another order in 16 bit
+                    asked = self._gpt.decoder.layers[2 * at + 1].mlp.router.router_replay
+                    assert chosen.gather(1, asked.target_topk_idx).all(), "the replay was ignored"
+                    self._routing[-1][at] = asked.target_topk_idx
 
             self._gpt.decoder.layers[2 * index + 1].mlp.router.register_forward_hook(watch)
 
@@ -418,6 +320,8 @@ class MegatronCoreImplementation:
         padding = torch.arange(length + extra).expand_as(ids) >= length
         self._routing.append([torch.empty(0)] * self._spec.layers)
         clear_aux_losses_tracker()
+        if self._replay is not None:
+            self._force(self._replay[len(self._routing) - 1], ids.shape)
         first = self._norm is None
         with _refusals(*(ValueError,) * first):
             token_losses = model(
@@ -447,6 +351,20 @@ class MegatronCoreImplementation:
         lanes = _gathered(chosen, self._gpt.pg_collection.tp)
         grid = torch.cat(lanes).view(shape[1], shape[0], -1)
         return grid[:length].transpose(0, 1).flatten(0, 1)
+
+    def _force(self, layers: Sequence[Tensor], shape: Sequence[int]) -> None:
+        """Set the experts of this lane's tokens, the inverse of `_whole`; padding has the first."""
+        from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+        at = self._context.layout.coordinate(self._context.rank)
+        targets = []
+        for indices in layers:
+            grid = torch.arange(indices.shape[1]).repeat(shape[1], shape[0], 1)
+            given = indices.view(shape[0], -1, indices.shape[1]).transpose(0, 1)
+            grid[: len(given)] = given
+            targets.append(grid.chunk(self._context.layout.tp)[at.tp].flatten(0, 1))
+        RouterReplay.set_replay_data(targets)
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 
     def _auxiliary(self) -> float:
         """Add up the auxiliary losses that Megatron has logged of this micro-batch.
@@ -487,8 +405,30 @@ class MegatronCoreImplementation:
         return {name: entry.placement for name, entry in self._entries.items()}
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """This rank's piece of every parameter."""
-        return {name: entry.read(lambda p: p.data) for name, entry in self._entries.items()}
+        """This rank's piece of every parameter: float32 masters beside a 16-bit model.
+
+        Collective: gathers masters that the distributed optimizer has divided.
+        """
+        return {name: entry.read(self._weight) for name, entry in self._entries.items()}
+
+    def _weight(self, parameter: Any) -> Tensor:
+        """Give a weight, or its master; of a divided one zeros and the own range are added up.
+
+        all-reduce over (expert) dp; no gradient; every rank calls it.
+        """
+        if not self._gpt.config.bf16:
+            return parameter.data  # type: ignore[no-any-return]
+        if not self._ddp.ddp_config.use_distributed_optimizer:
+            return parameter.main_param.data  # type: ignore[no-any-return]
+        whole = torch.zeros(parameter.numel())
+        if parameter.main_param is not None:
+            owners = self._optimizer.chained_optimizers
+            owner = next(o for o in owners if parameter in o.model_param_gbuf_map)
+            own = owner._get_model_param_range_map(parameter)["param"]
+            whole[own.start : own.end] = parameter.main_param.data
+        dense = getattr(parameter, "allreduce", True)
+        dist.all_reduce(whole, group=self._ddp.dp_group if dense else self._ddp.expt_dp_group)
+        return whole.view_as(parameter)
 
     def gradients(self) -> Mapping[str, Tensor | None]:
         """This rank's piece of every gradient of the last step, finalized, not clipped."""
@@ -501,6 +441,10 @@ class MegatronCoreImplementation:
     def routing(self) -> list[list[Tensor]]:
         """[micro-batch][layer] -> (T, K) experts that the routers chose in the last step."""
         return self._routing
+
+    def replay(self, routing: Sequence[Sequence[Tensor]] | None) -> None:
+        """Force the experts of the next step by Megatron's own `RouterReplay` (bfloat16 alone)."""
+        self._replay = routing
 
 
 def _gathered(own: Tensor, group: Any) -> list[Tensor]:

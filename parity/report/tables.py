@@ -137,12 +137,14 @@ def _frame(rows: Sequence[Row], known: Assessment | None) -> Any:
         marks: tuple[str, ...] = ()
         if known is not None and row.verdict in FAILING:
             marks = known.marks_of(row, folded[row.case])
+        judged = row.verdict != "skipped"  # what is below resolution has no number to show
         scale = _end_to_end_scale(row) if row.quantity == "update" else row.scale
+        scale = row.ratio if scale is None else scale
         records.append({
             "case": row.case, "shape": label, "optimizer": str(row.engine.get("optimizer")),
             "family": row.family or _NONE, "verdict": VERDICTS.index(row.verdict), "finding": marks,
-            f"{row.quantity}_scale": row.ratio if scale is None else scale,
-            f"{row.quantity}_error": None if row.verdict == "skipped" else row.error,
+            f"{row.quantity}_scale": scale if judged else None,
+            f"{row.quantity}_error": row.error if judged else None,
             f"{row.quantity}_threshold": row.threshold,
         })  # fmt: skip
     metrics = [f"{quantity}_{metric}" for quantity in ORDER for metric in _COLUMNS]

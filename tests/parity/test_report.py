@@ -70,9 +70,12 @@ def test_a_failing_baseline_has_its_own_line(cases: list[Case]) -> None:
 
 
 def test_the_update_scale_is_the_one_a_user_meets(cases: list[Case]) -> None:
-    """The end-to-end scale of an update stands in the line, skipped errors do not."""
+    """The end-to-end scale of an update stands in the line, what was skipped does not."""
     update = row(cases[0], "update", scale=1.0, detail={"end_to_end_scale": 1.01})
-    skipped = replace(update, verdict="skipped", reason="below resolution", error=0.5)
+    skipped = replace(
+        update, verdict="skipped", reason="below resolution", error=0.5,
+        detail={"end_to_end_scale": 0.25},
+    )  # fmt: skip
     (line,) = tables.family_lines([update, skipped])
     assert (line["update_scale"], line["update_error"], line["verdict"]) == (1.01, 1e-7, "pass")
 

@@ -19,7 +19,7 @@ Signature = Literal[
     "shares", "auxiliary", "detached",
     "restore_rows", "restore_scaled", "adjoint", "input_partial", "input_scaled", "dense_partial",
     "dense_summed",
-    "altered", "rows", "etp_rows", "swapped",
+    "altered", "rows", "etp_rows", "swapped", "zeroed",
     "routing", "routing_lanes",
     "norm_high", "norm_low", "clip", "update", "idle", "checkpoint", "resume",
     "unknown_factor", "unknown",
@@ -261,6 +261,11 @@ _REDUCTIONS = (
     Cause(
         "tensors-swapped", "swapped",
         "a flat bucket is unpacked in another order: one parameter holds another's gradient",
+        EVERY,
+    ),
+    Cause(
+        "elements-lost", "zeroed",
+        "elements are zero and all others right: a split drops its remainder, a mask hides a row",
         EVERY,
     ),
     Cause(

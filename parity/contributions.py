@@ -82,6 +82,7 @@ def annotate(
         details = _experts(bad, actual, truth)
         _merge(details, _moved_experts(bad, held, given))
         _merge(details, _swapped(bad, actual, truth))
+        _merge(details, _zeroed(bad, actual, truth))
         structural = representatives([r for r in bad if is_structural(r)], truth)
         about = _Regression(case, model, given, seed, number, previous, step.truth.routing)
         _merge(details, about.details(structural, actual))
@@ -147,6 +148,29 @@ def _swapped(
         for other in others:
             if match_experts(held, truth[other].unsqueeze(0), STRUCTURE_U * unit) == [0]:
                 found[id(row)] = {"tensor_from": other}
+    return found
+
+
+def _zeroed(
+    bad: Sequence[Row], actual: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> dict[int, dict[str, Any]]:
+    """Count the elements that are zero and must not be, where all others are right.
+
+    Not whole tensors or whole experts: what loses those loses more than elements.
+    """
+    found = {}
+    for row in bad:
+        name = str(row.tensor)
+        if name not in actual or not is_structural(row):
+            continue
+        unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
+        held, true = actual[name].double(), truth[name]
+        lost = (held == 0.0) & (true != 0.0)
+        parts = (held, true) if row.family == "expert" else (held[None], true[None])
+        gone = [not a.any() and bool(b.any()) for a, b in zip(*parts, strict=True)]
+        rest = float((held - true).masked_fill(lost, 0.0).norm())
+        if lost.any() and not any(gone) and rest <= STRUCTURE_U * unit * float(true.norm()):
+            found[id(row)] = {"zeroed": int(lost.sum())}
     return found
 
 

@@ -97,6 +97,10 @@ def _swapped(_: Cause, o: Observation) -> bool:
     return bool(structural) and len(o.detail("tensor_from")) == len(structural)
 
 
+def _zeroed(_: Cause, o: Observation) -> bool:
+    return o.backward_only and len(o.detail("zeroed")) == len(o.bad("gradient"))
+
+
 def _is_permuted(o: Observation) -> bool:
     """Every expert holds one expert's gradient or weights, some another's; or others' tokens."""
     for sources in o.detail("experts_from"):
@@ -476,7 +480,7 @@ _MATCHERS: Mapping[str, Matcher] = MappingProxyType({
     "adjoint": _adjoint, "input_partial": _input_partial, "input_scaled": _input_scaled,
     "dense_partial": _dense_partial,
     "dense_summed": _dense_summed, "altered": _altered, "rows": _rows,
-    "etp_rows": _etp_rows, "swapped": _swapped,
+    "etp_rows": _etp_rows, "swapped": _swapped, "zeroed": _zeroed,
     "routing": _routing, "routing_lanes": _routing_lanes, "norm_high": _norm_high,
     "norm_low": _norm_low, "clip": _clip, "update": _update, "idle": _idle,
     "checkpoint": _checkpoint, "resume": _resume, "unknown_factor": _unknown_factor,

@@ -576,7 +576,7 @@ _ACCUMULATION = (
 
 _BUCKETS = (
     Fault(
-        "bucket-last-element", "reduce.bucket", "zeroed", "unknown",
+        "bucket-last-element", "reduce.bucket", "zeroed", "elements-lost",
         "one element of a bucket is zero", "True", _options(at=-1),
         imitates="bucket split that drops the remainder",
     ),
@@ -587,7 +587,7 @@ _BUCKETS = (
         imitates="flat bucket unpacked in another order than packed",
     ),
     Fault(
-        "embedding-padding-row", "reduce.gradient", "zeroed", "unknown",
+        "embedding-padding-row", "reduce.gradient", "zeroed", "elements-lost",
         "one row of the embedding is zero", "not tied", _options(at=1, families=("embedding",)),
         imitates="padding_idx of another tokenizer",
     ),

@@ -184,12 +184,14 @@ class MegatronCoreImplementation:
 
         Raises:
             Refusal: Megatron refuses the options or is not installed; or the model is not the tiny
-                one.
+                one, or not on a CPU.
         """
         if state.installed() is None:
             raise Refusal("megatron-core is not installed: pip install 'foldparity[megatron]'")
         if not isinstance(model, Tiny):
             raise Refusal("Megatron-Core is judged on the tiny model only")
+        if context.device.type != "cpu":
+            raise Refusal("Megatron-Core is judged on CPU ranks only")
         options = config.get("megatron", {})
         unknown = set(options) - set(_OWN_TABLES)
         if unknown:
@@ -197,9 +199,7 @@ class MegatronCoreImplementation:
             raise ValueError(f"engine.options.megatron: unknown {min(unknown)!r}; allowed: {known}")
         if options.get("ddp", {}).get("overlap_param_gather"):
             key = "engine.options.megatron.ddp.overlap_param_gather"
-            raise ValueError(
-                f"{key}: weights are gathered in the next forward, after they are read"
-            )
+            raise ValueError(f"{key}: weights are read before the forward that gathers them")
         self._context, self._spec = context, model.spec
         self._dtype = model.embedding.weight.dtype
         asked = transformer_fields(model.spec, config, context.layout, self._dtype)
@@ -262,7 +262,7 @@ class MegatronCoreImplementation:
             transformer.no_sync_func = self._ddp.no_sync
 
     def _running(self) -> contextlib.AbstractContextManager[None]:
-        return state.running(self._context.device, self._dtype)
+        return state.running(self._dtype)
 
     def _watch_routers(self) -> None:
         for index in range(self._spec.layers):
@@ -322,14 +322,13 @@ class MegatronCoreImplementation:
         clear_aux_losses_tracker()
         if self._replay is not None:
             self._force(self._replay[len(self._routing) - 1], ids.shape)
-        first = self._norm is None
-        with _refusals(*(ValueError,) * first):
+        with _refusals(ValueError) if self._norm is None else contextlib.nullcontext():
             token_losses = model(
                 input_ids=ids,
                 position_ids=None,
-                attention_mask=future.to(ids.device)[None, None],
+                attention_mask=future[None, None],
                 labels=labels,
-                padding_mask=padding.to(ids.device) if extra else None,
+                padding_mask=padding if extra else None,
             )
         self._routing[-1] = [self._whole(chosen, ids.shape, length) for chosen in self._routing[-1]]
         auxiliary = self._auxiliary()

@@ -65,14 +65,13 @@ def enter(context: RankContext) -> None:
 
 
 @contextlib.contextmanager
-def running(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Run Megatron on this device: the shim on a CPU, no cast to float32 in float64."""
+def running(dtype: torch.dtype) -> Iterator[None]:
+    """Run Megatron on a CPU, in float64 without its casts to float32."""
     default = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of packages it would like to have
-        if device.type == "cpu":
-            stack.enter_context(_cpu())
+        stack.enter_context(_cpu())
         if dtype is torch.float64:
             stack.callback(torch.set_default_dtype, default)
             torch.set_default_dtype(torch.float64)

@@ -142,11 +142,19 @@ def test_a_missing_package_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_megatron
+def test_a_gpu_is_a_refusal() -> None:
+    """The stand-ins for CUDA would be in the way there."""
+    gpu = RankContext(0, FOLDED, torch.device("cuda", 0), "nccl", lambda _: None)
+    with pytest.raises(Refusal, match="on CPU ranks only"):
+        MegatronCoreImplementation().build(models.build_for(made(), 0), config(made()), gpu)
+
+
+@needs_megatron
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"adapter": {}}, "unknown 'adapter'; allowed: transformer, ddp"),
-        ({"ddp": {"overlap_param_gather": True}}, "gathered in the next forward"),
+        ({"ddp": {"overlap_param_gather": True}}, "read before the forward"),
     ],
 )
 def test_options_that_would_do_nothing_or_mislead_are_errors(
@@ -164,7 +172,7 @@ def test_the_shim_lasts_as_long_as_it_is_entered() -> None:
     from torch import cuda, distributed
 
     before = (cuda.current_device, cuda.Stream, distributed.all_gather, torch.get_default_dtype())
-    with state.running(torch.device("cpu"), torch.float64):
+    with state.running(torch.float64):
         made_there = torch.zeros(2, device="cuda", dtype=torch.float32)
         assert (made_there.device.type, made_there.dtype) == ("cpu", torch.float64)
         assert made_there.cuda() is made_there

@@ -99,7 +99,8 @@ class Engine(Part):
     """Largest allowed global gradient norm as a fraction of the reference's own norm; 0: off."""
     sequence_parallel_size: Positive = 1
     options: dict[str, Any] = {}
-    """Further sections handed to the engine's config as they are."""
+    """Further sections handed to the engine's config as they are; of them the reference follows
+    `folding.correction_bias_rate`."""
 
 
 class Auxiliary(Part):
@@ -152,6 +153,11 @@ class Case(Part):
     def layout(self) -> Layout:
         """Give the rank algebra of the folded run."""
         return Layout(**self.shape.model_dump())
+
+    @property
+    def correction_bias_rate(self) -> float:
+        """Give the step of the routers' correction biases that the engine is asked for; 0: none."""
+        return float(self.engine.options.get("folding", {}).get("correction_bias_rate", 0.0))
 
     @property
     def saved_after(self) -> int:

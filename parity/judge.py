@@ -28,7 +28,7 @@ from parity.implementation import Placement
 from parity.layout import Layout
 from parity.optimizers import ReferenceOptimizer
 from parity.store import FAILING, Row, engine_of, shape_of
-from parity.structure import structure_rows
+from parity.structure import structure_rows, weight_rows
 from parity.trial import Checkpoint, Order, Planted, RankResult
 
 MOST_CACHED = 32
@@ -265,6 +265,7 @@ class Judge:
         step: int,
         seed: int,
         replay: Replay | None = None,
+        biases: Mapping[str, Tensor] | None = None,
     ) -> reference.Evaluation:
         """Evaluate the reference; the first step's is shared by cases that differ elsewhere.
 
@@ -276,7 +277,8 @@ class Judge:
         truth = self._truths.get(key) if step == 1 else None
         if truth is None:
             drawn = batches.make(case, case.layout.dp, step, seed)
-            truth = reference.evaluate(case, model, weights, drawn, _of_step(replay, step))
+            forced = _of_step(replay, step)
+            truth = reference.evaluate(case, model, weights, drawn, forced, biases)
             if step == 1:
                 _remember(self._truths, key, truth)
         unit = compare.UNIT_ROUNDOFF[getattr(torch, case.engine.dtype)]
@@ -305,8 +307,9 @@ class Judge:
         truths = [self._truth(case, model, weights, 1, seed)]
         for number, step in enumerate(run.steps[1:], start=2):
             own = {**weights, **{n: t.double() for n, t in step.ran_on.filled.items()}}
+            biases = reference.biases_after(case, model, truths)
             try:
-                truths.append(self._truth(case, model, own, number, seed, replay))
+                truths.append(self._truth(case, model, own, number, seed, replay, biases))
             except _UnsafeRoutingError:
                 break
         return truths
@@ -392,8 +395,10 @@ class Judge:
         later: list[reference.Evaluation] = []
         for number, step in enumerate(resumed.steps, start=after + 1):
             own = {n: t.double() for n, t in step.ran_on.filled.items()}
+            biases = reference.biases_after(case, model, [*truths[:after], *later])
             try:
-                later.append(self._truth(there, model, own, number, setting.seed))
+                truth = self._truth(there, model, own, number, setting.seed, biases=biases)
+                later.append(truth)
             except _UnsafeRoutingError:
                 if not any(row.verdict in FAILING for row in rows):
                     raise
@@ -441,6 +446,7 @@ class Judge:
         own_optimizer = ReferenceOptimizer(case.optimizer, setting.lr)
         about = self._context(case, layout, "reference", 1)
         rows = structure_rows(about, case, weights, placements, layout)
+        rows += weight_rows(about, [(s.before, s.after) for s in run.steps], weights, placements)
         truths = [_handed_over(truth, placements) for truth in truths]
         for number, (step, truth) in enumerate(zip(run.steps, truths, strict=False), start=1):
             about = self._context(case, layout, "reference", number)

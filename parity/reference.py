@@ -7,8 +7,9 @@ ranks and micro-batches of the micro-batch losses, whose loss_scale already carr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from parity.case import Auxiliary, Case
 from parity.hugging_face import Gate, lifted
 
 DTYPE = torch.float64
+CORRECTION_BIAS = "e_score_correction_bias"
+"""Buffer of a router that is added to the scores experts are chosen by."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def evaluate(
     weights: Mapping[str, Tensor],
     batches: data.StepBatches,
     replay: Sequence[Sequence[Sequence[Tensor]]] | None = None,
+    biases: Mapping[str, Tensor] | None = None,
 ) -> Evaluation:
     """Run the whole step's batch at the given weights in one process.
 
@@ -58,9 +62,11 @@ def evaluate(
         weights: full logical name -> any float dtype, taken to float64 as they are.
         batches: [dp rank][micro-batch].
         replay: routing to force, in the form of `Evaluation.routing`.
+        biases: correction biases of the routers by name; None: as they are in the model.
     """
     leaves = {name: w.detach().to(DTYPE).requires_grad_() for name, w in weights.items()}
-    with lifted() if case.model.name != "tiny" else nullcontext():
+    lift = lifted() if case.model.name != "tiny" else nullcontext()
+    with lift, _biased(model, biases or {}):
         shares = _shares(case, model, leaves, batches, replay)
     objective = shares.objective
     gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
@@ -73,6 +79,39 @@ def evaluate(
         routing=shares.routing,
         margin=shares.margin,
     )
+
+
+def biases_after(case: Case, model: nn.Module, steps: Sequence[Evaluation]) -> dict[str, Tensor]:
+    """Give the routers' correction biases that the loads of some steps have led to.
+
+    After each step b_e += rate * sign(mean load - load of e), every choice of every token of the
+    step counted one by one (Wang et al. 2024, arXiv:2408.15664, algorithm 1). Empty at rate 0.
+    """
+    rate = case.correction_bias_rate
+    found = {n: b.clone() for n, b in model.named_buffers() if rate and n.endswith(CORRECTION_BIAS)}
+    for step in steps:
+        for layer, bias in enumerate(found.values()):
+            load: Counter[int] = Counter()
+            for chosen in (layers[layer] for rank in step.routing for layers in rank):
+                load.update(chosen.flatten().tolist())
+            mean = sum(load.values()) / len(bias)
+            for expert in range(len(bias)):
+                bias[expert] += rate * ((load[expert] < mean) - (load[expert] > mean))
+    return found
+
+
+@contextmanager
+def _biased(model: nn.Module, biases: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put correction biases into a model for a while: its gates read them outside a forward too."""
+    buffers = dict(model.named_buffers())
+    before = {name: buffers[name].clone() for name in biases}
+    for name, bias in biases.items():
+        buffers[name].copy_(bias)
+    try:
+        yield
+    finally:
+        for name, bias in before.items():
+            buffers[name].copy_(bias)
 
 
 @torch.no_grad()

@@ -1,15 +1,23 @@
-"""Whether a run is the run a case asks for: every parameter handed over, dense weights really cut.
+"""Whether a run is the run a case asks for: parameters handed over, dense weights really cut, steps
+that begin where they must.
 
-Owns the failing rows of what is missing before any number is compared. Must not know tensors'
-values. Easy to get wrong: with nothing sharded over tp every row passes, and nothing was tested.
-"""
+Owns the failing rows of what is wrong before any gradient is compared. Must not know thresholds.
+Easy to get wrong: with nothing sharded over tp every row passes, and nothing was tested; and the
+reference steps from the run's own weights, so a run that changes them on the sly is right about
+them.
+"""  # noqa: D205
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from parity.case import Case
-from parity.compare import Metrics, RowContext, make_row
+from parity.collect import Assembled
+from parity.compare import Metrics, RowContext, make_row, metrics
 from parity.implementation import Family, Placement
 from parity.layout import Layout
 from parity.store import Row
@@ -48,6 +56,40 @@ def structure_rows(
         if family in present and family not in cut and _has_linears(case, family):
             said = f"no {family} weight is sharded over tp = {layout.tp}"
             rows.append(_failing(context, family, None, said))
+    return rows
+
+
+def weight_rows(
+    context: RowContext,
+    steps: Sequence[tuple[Assembled, Assembled]],
+    given: Mapping[str, Tensor],
+    placements: Mapping[str, Placement],
+) -> list[Row]:
+    """Fail every tensor that a step does not begin with: the given one, then what the last left.
+
+    Master copies must hold what the model was given, and only the optimizer may change them. Bit
+    for bit: nothing is computed in between.
+
+    Args:
+        context: what the rows share.
+        steps: full weights before and after each step, master copies where there are any.
+        given: full weights the implementation was built with.
+        placements: full logical name -> family and cuts.
+    """
+    rows = []
+    expected, said = given, "is not the weight that was given"
+    for number, (before, after) in enumerate(steps, start=context.step):
+        about = replace(context, step=number)
+        for name, held in before.filled.items():
+            if name not in expected or torch.equal(held.double(), expected[name].double()):
+                continue
+            found = metrics(held, expected[name])
+            family = placements[name].family
+            reason = [f"before step {number} it {said}"]
+            rows.append(
+                make_row(about, "update", family, name, found, 0.0, "fail", None, reason, None)
+            )
+        expected, said = after.filled, f"is not what step {number} left"
     return rows
 
 

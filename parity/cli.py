@@ -25,12 +25,11 @@ from typing import Any
 import click
 
 from parity import __version__, cli_reports
-from parity.case import (
+from parity.case import Case, flatten
+from parity.case_files import (
     DEFAULT_SUITE,
-    Case,
     file_schema,
     find_folder,
-    flatten,
     load_folder,
     run_order,
     select,
@@ -221,7 +220,7 @@ def _run_cases(
     state = "failed"
     selection = recorder.selection
     try:
-        with _terminate_as_interrupt(), contextlib.ExitStack() as stack:
+        with terminate_as_interrupt(), contextlib.ExitStack() as stack:
             if cases:
                 ranks = max(MAX_LIVE_RANKS, *(case.shape.world for case in cases))
                 opened = opener(
@@ -250,7 +249,7 @@ def _run_cases(
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C, so that a job's time limit leaves a report behind."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:

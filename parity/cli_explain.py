@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from parity import explain as explaining
-from parity.case import Case, find_folder, load_folder, select
+from parity.case import Case
+from parity.case_files import find_folder, load_folder, select
 from parity.errors import UsageError
 from parity.evidence import observe
 from parity.report import explanation

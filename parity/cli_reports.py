@@ -168,7 +168,7 @@ def completion(ctx: click.Context, /, shell: str) -> None:
 
 def complete_cases(_ctx: click.Context, _parameter: click.Parameter, typed: str) -> list[str]:
     """Offer the ids of cases that begin with what was typed; nothing where cases are unreadable."""
-    from parity.case import find_folder, load_folder
+    from parity.case_files import find_folder, load_folder
     from parity.errors import ParityError
 
     try:
@@ -179,7 +179,7 @@ def complete_cases(_ctx: click.Context, _parameter: click.Parameter, typed: str)
 
 def complete_suites(_ctx: click.Context, _parameter: click.Parameter, typed: str) -> list[str]:
     """Offer the suites of ./cases that begin with what was typed."""
-    from parity.case import find_folder, load_folder
+    from parity.case_files import find_folder, load_folder
     from parity.errors import ParityError
 
     try:

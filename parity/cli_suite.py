@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 
-from parity.case import (
+from parity.case import Flat
+from parity.case_files import (
     DEFAULT_SUITE,
-    Flat,
     Matrix,
     find_folder,
     is_case_file,

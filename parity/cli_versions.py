@@ -19,7 +19,8 @@ import click
 from packaging.requirements import Requirement
 
 from parity import versions as matrix
-from parity.case import DEFAULT_SUITE, select
+from parity.case_files import DEFAULT_SUITE, select
+from parity.cli import INTERRUPTED, terminate_as_interrupt
 from parity.cli_reports import complete_suites
 from parity.environments import InstallationError, pinned, prepare, versions_of
 from parity.known import FailOn, KnownFindings, load
@@ -81,10 +82,11 @@ def versions(
         known_file=known_file, listed=listed, is_quiet=quiet,
     )  # fmt: skip
     columns: list[matrix.Column] = []
-    for requirement in wanted:
-        columns.append(asked.column(requirement))
-        if columns[-1].problem == _INTERRUPTED:
-            break
+    with terminate_as_interrupt():
+        for requirement in wanted:
+            columns.append(asked.column(requirement))
+            if columns[-1].problem == _INTERRUPTED:
+                break
     code = matrix.exit_code(columns)
     command = shlex.join(["parity", *sys.argv[1:]])
     about = (wanted[0].name, command)
@@ -95,7 +97,7 @@ def versions(
     (asked.out / "versions.json").write_text(document, encoding="utf-8")
     click.echo(document if style == "json" else table, nl=False)
     click.echo(f"table: {asked.out / 'versions.md'}", err=True)
-    ctx.exit(130 if columns[-1].problem == _INTERRUPTED else code)
+    ctx.exit(INTERRUPTED if columns[-1].problem == _INTERRUPTED else code)
 
 
 def _cache() -> Path:

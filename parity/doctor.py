@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from parity import fingerprint
-from parity.case import find_folder, load_folder
+from parity.case_files import find_folder, load_folder
 from parity.errors import ParityError
 
 MIN_PYTHON, MIN_TORCH = (3, 10), (2, 9)

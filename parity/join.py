@@ -226,7 +226,7 @@ def main(selection: Selection, out: Path | None, joined: Joined) -> int:
 def _judge(selection: Selection, out: Path | None, joined: Joined) -> int:
     import click
 
-    from parity.case import run_order, select
+    from parity.case_files import run_order, select
     from parity.fingerprint import commit
     from parity.judge import Judge
     from parity.known import load

@@ -18,7 +18,8 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from parity.case import Part, display, load_toml
+from parity.case import Part
+from parity.case_files import display, load_toml
 from parity.errors import CaseError
 from parity.report.tables import NEW, folding
 from parity.store import FAILING, Row, by_case, case_verdict

@@ -68,7 +68,7 @@ class CaseFile(pytest.File):
 
     def collect(self) -> Iterable[pytest.Item]:
         """Make an item of every case, those that share ranks side by side."""
-        from parity.case import load_file, run_order
+        from parity.case_files import load_file, run_order
 
         for case in run_order(load_file(self.path)):
             if self.plugin.suite in (None, case.suite):
@@ -153,7 +153,7 @@ class ParityPlugin:
 
     def collect_suite(self) -> None:
         """Have the folder of cases collected besides whatever else was asked for."""
-        from parity.case import find_folder
+        from parity.case_files import find_folder
         from parity.errors import UsageError
 
         try:
@@ -169,7 +169,7 @@ class ParityPlugin:
             return None
         if not self._is_asked(file_path) and file_path.parent != self._folder:
             return None
-        from parity.case import is_case_file
+        from parity.case_files import is_case_file
 
         if not is_case_file(file_path):
             return None

@@ -20,7 +20,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from parity.case import Case, find_folder
+from parity.case import Case
+from parity.case_files import find_folder
 from parity.errors import InfrastructureError, UsageError
 from parity.fingerprint import fingerprint, visible_gpus
 from parity.known import Assessment, FailOn, KnownFindings, assess

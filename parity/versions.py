@@ -7,6 +7,7 @@ pass nor a failure, and must not cost what other versions have shown.
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -203,17 +204,35 @@ def markdown(columns: Sequence[Column], package: str, command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _reasons(columns: Iterable[Column], most: int = 3) -> Iterable[str]:
+def _reasons(columns: Sequence[Column], most: int = 3) -> Iterable[str]:
     """Say why cells were skipped, and how they fail where that is not known."""
+    versions: dict[tuple[str, str, str], list[str]] = {}
     for column in columns:
-        grouped: dict[tuple[str, str], list[str]] = {}
         for case, reason in column.reasons.items():
             if tables.NEW in column.marks.get(case, (tables.NEW,)):
-                about = column.verdicts[case], " ".join(reason.split())
-                grouped.setdefault(about, []).append(f"`{case}`")
-        for (verdict, reason), some in grouped.items():
-            more = f" and {len(some) - most} more" if len(some) > most else ""
-            yield f"- {column.version} {verdict}: {reason}: {', '.join(some[:most])}{more}"
+                about = (case, column.verdicts[case], _brief(reason))
+                versions.setdefault(about, []).append(column.version)
+    cases: dict[tuple[str, str, str], list[str]] = {}
+    ordered = [column.version for column in columns]
+    for (case, verdict, reason), where in versions.items():
+        cases.setdefault((_span(where, ordered), verdict, reason), []).append(f"`{case}`")
+    for (span, verdict, reason), some in sorted(cases.items()):
+        more = f" and {len(some) - most} more" if len(some) > most else ""
+        yield f"- {span} {verdict}: {reason}: {', '.join(some[:most])}{more}"
+
+
+def _span(versions: Sequence[str], ordered: Sequence[str]) -> str:
+    """Write neighbours as `first to last`."""
+    first = ordered.index(versions[0])
+    if len(versions) > 2 and [*versions] == [*ordered[first : first + len(versions)]]:
+        return f"{versions[0]} to {versions[-1]}"
+    return ", ".join(versions)
+
+
+def _brief(reason: str) -> str:
+    """Cut what differs from one version to the next: which rank it was, and in which file."""
+    said = re.sub(r"^rank \d+ raised ", "", " ".join(reason.split()))
+    return said.partition("; folded away")[0].partition(" at /")[0].rstrip(".")
 
 
 def to_dict(columns: Sequence[Column], package: str, command: str, code: int) -> dict[str, Any]:

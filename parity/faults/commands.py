@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parity.case import select
+from parity.case_files import select
 from parity.errors import UsageError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from parity import case
-from parity.case import SECTIONS, Case, CaseFile, file_schema
+from parity.case import SECTIONS, Case
+from parity.case_files import CaseFile, file_schema
 
 HEAD = """# Case files
 

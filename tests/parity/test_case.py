@@ -12,21 +12,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from parity.case import (
-    _TOKENS,
-    _UNNAMED,
-    DEFAULTS,
-    Case,
+from parity.case import _TOKENS, _UNNAMED, DEFAULTS, Case, flatten, identify, make, nest
+from parity.case_files import (
     file_schema,
     find_folder,
-    flatten,
-    identify,
     is_case_file,
     load_file,
     load_folder,
     load_toml,
-    make,
-    nest,
     run_order,
     select,
 )

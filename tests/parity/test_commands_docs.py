@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from parity import cli
-from parity.case import load_folder, select
+from parity.case_files import load_folder, select
 from tests.parity.example_rows import FakeJudge, scaled
 
 REPOSITORY = Path(__file__).resolve().parents[2]

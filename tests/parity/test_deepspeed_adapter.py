@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from parity import case, hugging_face, session, trial
+from parity import case, case_files, hugging_face, session, trial
 from parity.case import Case
 from parity.implementation import RankContext, Refusal
 from parity.implementations import deepspeed as adapter
@@ -234,7 +234,7 @@ def test_the_workaround_for_transformers_is_taken_back() -> None:
 
 def test_the_suite_holds_every_path_and_names_its_implementation() -> None:
     """Stages x precisions, and every way to accumulate, occur; the files are DeepSpeed's."""
-    cells = [c for c in case.load_folder(CASES) if c.suite == "deepspeed"]
+    cells = [c for c in case_files.load_folder(CASES) if c.suite == "deepspeed"]
     assert session.implementation_of(cells) == "deepspeed"
     paths = {
         (c.engine.zero, c.engine.dtype, c.engine.options.get("data_types", {}).get(
@@ -250,8 +250,8 @@ def test_the_suite_holds_every_path_and_names_its_implementation() -> None:
 def test_every_known_finding_is_written_down_and_names_cases() -> None:
     """Each entry has its page, and each of its patterns a case about the same implementation."""
     findings = CASES.parent / "docs" / "findings"
-    cells = case.load_folder(CASES)
-    entries = case.load_toml((findings / "known.toml").read_text())["known"]
+    cells = case_files.load_folder(CASES)
+    entries = case_files.load_toml((findings / "known.toml").read_text())["known"]
     assert len(entries) >= 10
     for entry in entries:
         assert list(findings.glob(f"{entry['finding']}-*")), entry["finding"]

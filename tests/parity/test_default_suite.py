@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from parity import batches, judge, models, reference, threads
-from parity.case import Case, Flat, Matrix, flatten, load_file, load_matrix, make, parse_file
+from parity.case import Case, Flat, flatten, make
+from parity.case_files import Matrix, load_file, load_matrix, parse_file
 from parity.errors import CaseError
 from parity.store import FAILING, Row
 from parity.trial import Planted

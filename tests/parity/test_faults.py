@@ -23,7 +23,7 @@ import torch
 from click.testing import CliRunner
 
 from parity import case as cases
-from parity import causes, threads
+from parity import case_files, causes, threads
 from parity.case import Case
 from parity.cli import main
 from parity.compare import FACTOR, UNIT_ROUNDOFF
@@ -43,7 +43,7 @@ EVERY = [variant for fault in FAULTS for variant in fault.all_variants()]
 @functools.cache
 def suite() -> tuple[Case, ...]:
     """Give the cases of cases/faults.toml."""
-    return tuple(cases.load_file(FILE))
+    return tuple(case_files.load_file(FILE))
 
 
 @functools.cache

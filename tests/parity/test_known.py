@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from parity import cli, known
-from parity.case import Case, load_folder
+from parity.case import Case
+from parity.case_files import load_folder
 from parity.errors import CaseError
 from parity.implementation import FAMILIES
 from parity.known import Assessment, assess, load

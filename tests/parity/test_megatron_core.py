@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from parity import case, models, session, trial
+from parity import case, case_files, models, session, trial
 from parity.case import Case
 from parity.implementation import Placement, RankContext, Refusal, Shard
 from parity.implementations import megatron_core as adapter
@@ -188,7 +188,7 @@ def test_the_shim_lasts_as_long_as_it_is_entered() -> None:
 
 def test_the_suite_reaches_tp_other_than_etp_and_every_refusal() -> None:
     """EP over lanes, etp below and above tp, replicated experts, three lanes; refusals by name."""
-    cells = [c for c in case.load_folder(CASES) if c.suite == "megatron"]
+    cells = [c for c in case_files.load_folder(CASES) if c.suite == "megatron"]
     shapes = {(c.shape.tp, c.shape.ep, c.shape.etp) for c in cells}
     assert {(2, 4, 1), (4, 2, 1), (4, 2, 2), (1, 2, 2), (3, 2, 1)} <= shapes
     assert any(c.layout.edp == 3 for c in cells)

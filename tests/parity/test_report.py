@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from parity.case import Case, select
+from parity.case import Case
+from parity.case_files import select
 from parity.report import markdown, tables
 from parity.store import Row
 from tests.parity.example_rows import THRESHOLD, passing, row, scaled

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from parity.case import Case, select
+from parity.case import Case
+from parity.case_files import select
 from parity.errors import UsageError
 from parity.store import Row, RunDirectory, by_case, case_verdict
 from tests.parity.example_rows import passing, row, scaled

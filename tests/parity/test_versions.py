@@ -201,6 +201,19 @@ def test_first_good_and_first_bad_versions() -> None:
     assert lines["late"].texts == ("-", "skipped", "-", "pass")
 
 
+def test_one_reason_is_told_once_for_all_versions_and_cells() -> None:
+    """Ranks and files, which differ from one environment to the next, are left out."""
+    columns = [
+        column(v, {"a": "error", "b": "error", "c": "skipped"}, reasons={
+            "a": f"rank {v} raised TypeError: no  x at /env/{v}/f.py:3; folded away: rank 9",
+            "b": "rank 0 raised TypeError: no x", "c": f"refused by {v}.",
+        }) for v in ("1", "2", "3")
+    ]  # fmt: skip
+    text = versions.markdown(columns, "tinyfold", "parity versions")
+    assert "\n- 1 to 3 error: TypeError: no x: `a`, `b`\n" in text
+    assert "\n- 2 skipped: refused by 2: `c`\n" in text
+
+
 def test_the_table_says_why() -> None:
     """What is new or skipped with its reason, what is known without, what has no verdict at all."""
     text = versions.markdown(COLUMNS, "tinyfold", "parity versions")

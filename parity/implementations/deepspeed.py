@@ -263,8 +263,10 @@ class DeepSpeedImplementation:
             if self._switches.shim:
                 stack.callback(state.let_presets_read_transformers())
             stack.enter_context(_refusals(ValueError, NotImplementedError, AssertionError))
+            # a generator: of a list the releases before 0.19.7 optimize the parameters that AutoEP
+            # has replaced, and at ZeRO 0 say nothing
             return deepspeed.initialize(
-                model=model, model_parameters=list(model.parameters()), config=config
+                model=model, model_parameters=model.parameters(), config=config
             )[0]
 
     def _read_placements(

@@ -237,7 +237,8 @@ def assess(
     current = [e for e in listed.entries if e.covers(versions.get(e.judged))]
     others = [e for e in listed.entries if e not in current and versions.get(e.judged)]
     held = _held_against(cases, current)
-    notes = [*_quiet(cases, held, current, versions), *_elsewhere(cases, others, versions)]
+    unexplained = {case: rows for case, rows in cases.items() if not held.is_known(case)}
+    notes = [*_quiet(cases, held, current, versions), *_elsewhere(unexplained, others, versions)]
     return replace(held, notes=tuple(notes), titles=listed.titles)
 
 
@@ -277,7 +278,10 @@ def _quiet(
 def _elsewhere(
     cases: _Cases, entries: Sequence[Known], versions: Mapping[str, str | None]
 ) -> Iterable[str]:
-    """Say which findings show, or do not, in a version that they are not about."""
+    """Say which findings show, or do not, in a version that they are not about.
+
+    Of cells that no finding of this version explains: two may fail in the same rows.
+    """
     held = _held_against(cases, entries)
     for finding, package in _distinct(entries, versions).items():
         span = next(entry.versions for entry in entries if entry.finding == finding)

@@ -59,4 +59,4 @@ browser: $(INSTALLED)
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	find reports -mindepth 1 -maxdepth 1 -not -name baselines -exec rm -rf {} + 2>/dev/null || true
+	find reports -mindepth 1 -maxdepth 1 -not -name baselines -not -name examples -not -name "*.md" -exec rm -rf {} + 2>/dev/null || true

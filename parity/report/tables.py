@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NEW = "new"
 """Stands among findings for a failing row that none of them accounts for."""
+_MOST_FACTORS = 3
 ORDER = ("routing", "loss", "gradient", "replica", "grad_norm", "update", "checkpoint")
 """Quantities in the order in which one being wrong makes the later ones wrong."""
 Rerun = Callable[[str], str]
@@ -351,16 +352,28 @@ def _known_ones(
 
 
 def findings(rows: Sequence[Row], most: int = 3) -> list[str]:
-    """Sum up, per failing case, the earliest quantity that is wrong; the commonest first."""
-    where: dict[str, set[str]] = {}
+    """Sum up, per failing case, the earliest quantity that is wrong; the commonest first.
+
+    What differs in nothing but its factor, as a factor tp does from shape to shape, is one finding.
+    """
+    where: dict[tuple[str, str], set[str]] = {}
+    factors: dict[tuple[str, str], list[str]] = {}
     for failure in failures(rows, lambda case: case):
         if failure.verdict == "error":
             continue
         first = failure.rows[0].quantity
         for row in (r for r in failure.rows if r.quantity == first):
-            where.setdefault(_finding(row), set()).add(shape_label(failure.shape, row.engine))
+            what, factor, causes = _said(row)
+            where.setdefault((what, causes), set()).add(shape_label(failure.shape, row.engine))
+            held = factors.setdefault((what, causes), [])
+            held += [factor] if factor not in held else []
     ordered = sorted(where.items(), key=lambda item: -len(item[1]))
-    said = [f"{what} on {len(on)} shape{'s' * (len(on) > 1)}" for what, on in ordered[:most]]
+    said = []
+    for key, on in ordered[:most]:
+        shown = factors[key][:_MOST_FACTORS]
+        more = [" and others"] if len(factors[key]) > len(shown) else []
+        seen = ", ".join(shown) + "".join(more)
+        said.append(f"{key[0]} {seen}{key[1]} on {len(on)} shape{'s' * (len(on) > 1)}")
     rest = len(ordered) - most
     return [*said, f"and {rest} more finding{'s' * (rest > 1)}"] if rest > 0 else said
 
@@ -376,13 +389,19 @@ def finding_of(bad: Sequence[Row]) -> str:
 
 
 def _finding(row: Row) -> str:
+    what, factor, causes = _said(row)
+    return f"{what} {factor}{causes}"
+
+
+def _said(row: Row) -> tuple[str, str, str]:
+    """Say what is wrong in a row, how, and why."""
     what = f"{row.family} {row.quantity}" if row.family else str(row.quantity)
     if row.verdict == "leak":
-        return f"{what} leaks precision"
+        return what, "leaks precision", ""
     causes = f" = {' or '.join(row.causes)}" if row.causes else ""
     if row.scale is not None and abs(row.scale - 1) >= 5e-4:
-        return f"{what} x{row.scale:.3f}{causes}"
-    return f"{what} differs{causes}"
+        return what, f"x{row.scale:.3f}", causes
+    return what, "differs", causes
 
 
 def first_error(rows: Iterable[Row]) -> str:

@@ -215,7 +215,7 @@ class FoldConfig:
         fields["engine"] = _engine(fields.pop("engine"), fields)
         _refuse_not_yet(config)
         if fields["engine"] == "deepspeed":
-            _refuse_paths(config, layout, fields)
+            _refuse_paths(config, layout, fields, _read_accumulation(top))
         fields |= _read_rest(top, fields["engine"])
         return cls(layout=layout, source=copy.deepcopy(dict(config)), **fields)
 
@@ -433,14 +433,23 @@ def _refuse_not_yet(config: Mapping[str, Any]) -> None:
             raise Unsupported("not supported with folding yet", dotted, value, off)
 
 
-def _refuse_paths(config: Mapping[str, Any], layout: FoldLayout, fields: Mapping[str, Any]) -> None:
+def _read_accumulation(top: Section) -> str | None:
+    """Read the dtype gradients are accumulated in; None: the model's."""
+    section = top.section("data_types")
+    given: str | None = section.take(
+        "grad_accum_dtype", optional(one_of(*PRECISION_SPELLINGS)), None
+    )
+    section.close()
+    return given
+
+
+def _refuse_paths(
+    config: Mapping[str, Any], layout: FoldLayout, fields: Mapping[str, Any], asked: str | None
+) -> None:
     """Refuse combinations on which DeepSpeed's engine is wrong or does not exist."""
     stage, model = fields["zero_stage"], PRECISIONS[fields["dtype"]]
     key = "data_types.grad_accum_dtype"
-    asked = (config.get("data_types") or {}).get("grad_accum_dtype") or model
-    accumulated = PRECISION_SPELLINGS.get(asked)
-    if accumulated is None:
-        raise ConfigError("unknown dtype", key, asked, sorted(PRECISION_SPELLINGS))
+    accumulated = model if asked is None else PRECISION_SPELLINGS[asked]
     if stage == 0 and accumulated != model:
         problem = f"DeepSpeed has no ZeRO-0 that accumulates {model} gradients in another dtype"
         raise Unsupported(problem, key, asked, [model])
@@ -467,7 +476,6 @@ def _read_rest(top: Section, engine: Engine) -> dict[str, Any]:
     if engine == "deepspeed":
         fields["wall_clock_breakdown"] = top.take("wall_clock_breakdown", BOOLEAN, False)
         top.take("communication_data_type", optional(one_of("fp32", "fp16", "bf16")), None)
-        top.take("data_types", optional(TABLE), None)
         fields["scheduler"] = _read_scheduler(top)
     top.take("compile", optional(TABLE), None)
     _close_deepspeed_sections(top)

@@ -116,6 +116,9 @@ class Section:
     def __init__(self, path: str, table: Mapping[str, Any]) -> None:
         self.path, self.table = path, table
         self.asked: list[str] = []
+        for key in table:
+            if not isinstance(key, str):
+                raise ConfigError("a key is text", self.at(repr(key)), table[key], "a text as key")
 
     def at(self, key: str) -> str:
         """Give the dotted key."""

@@ -53,6 +53,7 @@ def test_disabled_expert_parallel_means_no_folding_as_in_deepspeed() -> None:
     assert parse(**expert(enabled=False)).layout.ep_size == 1
 
 
+ZERO: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 REFUSED = [
     # sizes
     ({"tensor_parallel": {"autotp_size": 0}}, "tensor_parallel.autotp_size", 0, "positive integer"),
@@ -170,7 +171,15 @@ REFUSED = [
         False,
         "True",
     ),
-]
+    ({"data_types": {"grad_accum_dtyp": "fp32"}, **ZERO}, "data_types.grad_accum_dtyp", "fp32",
+     "did you mean 'grad_accum_dtype'"),
+    ({"data_types": {"params": 1}, **ZERO}, "data_types.params", 1, "grad_accum_dtype"),
+    ({"data_types": {"grad_accum_dtype": "fp8"}, **ZERO}, "data_types.grad_accum_dtype", "fp8",
+     "fp32, float32"),
+    ({"data_types": {"grad_accum_dtype": ["fp32"]}, **ZERO}, "data_types.grad_accum_dtype",
+     ["fp32"], "fp32, float32"),
+    ({"data_types": "fp32", **ZERO}, "data_types", "fp32", "a table"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -191,6 +200,17 @@ def test_mistakes_are_refused_with_key_value_and_what_would_do(
     assert f"{key} = {error.value!r}" in str(error)
     assert said in str(error)
     assert "allowed: " in str(error)
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [({1: 2}, "1"), ({"tensor_parallel": {1: 2}}, "tensor_parallel.1"), ({None: 2}, "None")],
+)
+def test_a_key_that_is_no_text_is_refused(config: dict[Any, Any], key: str) -> None:
+    """JSON has none, a dict of Python may."""
+    with pytest.raises(ConfigError, match="a key is text") as caught:
+        FoldConfig.from_dict(config, 4)
+    assert (caught.value.key, caught.value.value) == (key, 2)
 
 
 NOT_YET = [
@@ -266,6 +286,8 @@ NEAR_MISSES = [
         "wandb": {"enabled": False},
         "wall_clock_breakdown": True,
     },
+    {"data_types": {"grad_accum_dtype": None}, "zero_optimization": {"stage": 1}},
+    {"data_types": None, "zero_optimization": {"stage": 1}},
     {
         "tensor_parallel": {"autotp_size": 2, "preset_model": "mixtral"},
         **expert(preset_model="mixtral"),

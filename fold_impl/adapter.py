@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fold_impl import checkpoint
 from fold_impl.config import FoldConfig
 from fold_impl.engine import NativeEngine, build_engine
-from fold_impl.families import Placement
+from fold_impl.families import FoldedParameter, Placement
 from fold_impl.moe import FoldedMoE
 from fold_impl.points import POINTS, Points, Transform
 
@@ -36,6 +36,7 @@ class FoldImplementation:
     def build(self, model: nn.Module, config: Mapping[str, Any], context: Any) -> None:
         """Fold the model over the ranks of the context."""
         parsed = FoldConfig.from_dict(dict(config), world_size=context.layout.world)
+        self._points.plant("step.reduced", self._keep_gradients)
         self._engine = build_engine(
             model, parsed, context.rank, new_group=context.new_group, points=self._points
         )
@@ -54,8 +55,8 @@ class FoldImplementation:
             engine.backward(loss)
             losses.append(float(loss.detach()))
             self._routing.append([layer.indices_TK for layer in self._layers()])
-            if engine.is_gradient_accumulation_boundary():
-                self._gradients = self._reduced_gradients()
+            if not self._is_native and engine.is_gradient_accumulation_boundary():
+                self._gradients = engine.local_gradients()
             engine.step()
         return losses
 
@@ -63,18 +64,20 @@ class FoldImplementation:
         for index, layer in enumerate(self._layers()):
             layer.forced_TK = None if self._replay is None else self._replay[micro_batch][index]
 
+    @property
+    def _is_native(self) -> bool:
+        return isinstance(self._engine, NativeEngine)
+
     def _layers(self) -> list[FoldedMoE]:
         return [m for m in self._engine.module.modules() if isinstance(m, FoldedMoE)]
 
-    def _reduced_gradients(self) -> Mapping[str, Tensor | None]:
-        if not isinstance(self._engine, NativeEngine):
-            found: Mapping[str, Tensor | None] = self._engine.local_gradients()
-            return found
-        self._engine.allreduce_gradients()
-        return {
+    def _keep_gradients(self, parameters: Sequence[FoldedParameter], **_: Any) -> Any:
+        """Read what the native engine's own step has reduced, before it clips."""
+        self._gradients = {
             p.name: None if p.parameter.grad is None else p.parameter.grad.clone()
-            for p in self._engine.folded_parameters
+            for p in parameters
         }
+        return parameters
 
     def placements(self) -> dict[str, Placement]:
         """Family and cuts of every parameter."""
@@ -100,7 +103,7 @@ class FoldImplementation:
 
     def close(self) -> None:
         """Release what an engine holds beside its tensors."""
-        if not isinstance(self._engine, NativeEngine):
+        if not self._is_native:
             self._engine.close()
 
     def replay(self, routing: Sequence[Sequence[Tensor]] | None) -> None:

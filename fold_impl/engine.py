@@ -133,6 +133,7 @@ class NativeEngine(Checkpointing):
         if self.points("reduce.due", ends, micro_batch=self.micro_steps % gas, gas=gas):
             self.allreduce_gradients()
         if ends:
+            self.points("step.reduced", self.folded_parameters)
             self._norm = global_norm(self._trained, self.groups, self.points)
             actions: dict[str, Callable[[], object]] = {
                 "clip": self._clip,

@@ -56,6 +56,7 @@ POINTS: dict[str, str] = {
     "norm.total": "global gradient norm; context: none",
     "clip.coefficient": "factor on all gradients; context: norm, limit",
     "step.boundary": "whether the step ends with a micro-batch; context: micro_batch, gas",
+    "step.reduced": "all parameters, between reduction and norm; context: none",
     "step.gradient": "gradient handed to the optimizer; context: name, family",
     "step.optimizer": "torch optimizer just before its update; context: none",
     "step.order": "'clip, update' order of the optimizer step; context: none",

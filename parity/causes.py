@@ -22,7 +22,7 @@ Signature = Literal[
     "altered", "rows", "etp_rows", "swapped", "zeroed",
     "routing", "routing_lanes",
     "norm_high", "norm_low", "clip", "update", "idle", "checkpoint", "resume",
-    "unknown_factor", "unknown",
+    "not_finite", "unknown_factor", "unknown",
 ]  # fmt: skip
 """How a cause shows; `parity.explain` has one matcher for each."""
 
@@ -464,7 +464,7 @@ _STEP = (
     Cause(
         "clip-not-applied", "clip",
         "the coefficient never meets the update: clipping ignored, or after the optimizer step",
-        symbol="1/clip", shows=lambda s: s.clip > 0 and s.optimizer in ("sgd", "momentum"),
+        symbol="1/clip", shows=lambda s: 0 < s.clip < 1 and s.optimizer in ("sgd", "momentum"),
     ),
     Cause(
         "optimizer-skips-idle", "idle",
@@ -482,6 +482,10 @@ _STEP = (
     Cause(
         "checkpoint-optimizer-stale", "resume",
         "weights come back and optimizer state does not, or that of another layout does",
+    ),
+    Cause(
+        "not-finite", "not_finite",
+        "a loss or gradient is infinite or not a number: a division by a count of zero, an overflow",
     ),
     Cause(
         "unknown-factor", "unknown_factor",

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from parity.case import Case
-from parity.causes import CAUSES, Cause, Setting
+from parity.causes import BY_ID, CAUSES, Cause, Setting
 from parity.evidence import Observation, observe, setting_of, symbols_of
 from parity.signatures import matches
 from parity.store import FAILING, Row, by_case
@@ -31,15 +31,15 @@ def fitting(observation: Observation) -> list[Cause]:
 def causes(rows: Iterable[Row], case: Case | None = None) -> list[Cause]:
     """Give the set of causes of one failing case; empty where nothing fails.
 
-    Where the baseline's run fails, too, a cause must explain both. That it passes says nothing: an
-    implementation may have code for folded runs alone.
+    Where the baseline's run fails, too, a cause must explain both, or none of them is said. That it
+    passes says nothing: an implementation may have code for folded runs alone.
     """
     bad = [o for o in observe(rows, case) if o.failing]
     if not bad:
         return []
     bad.sort(key=lambda o: not o.folded)
-    found = fitting(bad[0])
-    return [c for c in found if all(matches(c, o) for o in bad[1:])] or found
+    found = [c for c in fitting(bad[0]) if all(matches(c, o) for o in bad[1:])]
+    return found or [BY_ID["unknown"]]
 
 
 def intersect(
@@ -55,10 +55,14 @@ def intersect(
         Where no one cause explains all failures (there are several faults): the causes that no
         passing case contradicts and that explain the most failing ones.
     """
-    cells = [o for rows in results for o in observe(rows, (cases or {}).get(rows[0].case))]
-    bad = [o for o in cells if o.failing]
-    good = [o for o in cells if not o.failing and o.folded]
-    counted = [(c, sum(matches(c, o) for o in bad)) for c in CAUSES if c.id not in FALLBACKS]
+    cells = [observe(rows, (cases or {}).get(rows[0].case)) for rows in results]
+    bad = [failing for runs in cells if (failing := [o for o in runs if o.failing])]
+    good = [o for runs in cells for o in runs if not o.failing and o.folded]
+    counted = [
+        (cause, sum(all(matches(cause, o) for o in runs) for runs in bad))
+        for cause in CAUSES
+        if cause.id not in FALLBACKS
+    ]
     left = [
         (cause, count)
         for cause, count in counted
@@ -67,7 +71,7 @@ def intersect(
     if left:
         most = max(count for _, count in left)
         return [cause for cause, count in left if count == most]
-    return [c for c in CAUSES if c.id in FALLBACKS and any(matches(c, o) for o in bad)]
+    return [c for c in CAUSES if c.id in FALLBACKS and any(matches(c, o) for o in sum(bad, []))]
 
 
 def labelled(rows: Sequence[Row], case: Case | None = None) -> list[Row]:

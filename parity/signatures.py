@@ -17,6 +17,8 @@ from parity.evidence import Observation, layer_of
 from parity.store import Row
 
 Matcher = Callable[[Cause, Observation], bool]
+_ROUND_OFF = 1e-4
+"""Largest error that float32 inside float64 leaves."""
 
 
 def _scale(cause: Cause, o: Observation) -> bool:
@@ -255,6 +257,8 @@ def _auxiliary(cause: Cause, o: Observation) -> bool:
 
 
 def _detached(_: Cause, o: Observation) -> bool:
+    if all(r.error is not None and r.error <= _ROUND_OFF for r in o.bad("gradient")):
+        return False  # a lost path is no round-off
     if not o.backward_only or not o.above_is_right or o.top_state("expert") != "ok":
         return False
     if o.detail("auxiliary_counts") or o.detail("paths"):
@@ -369,7 +373,13 @@ def _spans(o: Observation) -> Mapping[str, Any] | None:
     return found[0] if found else None
 
 
+def _not_finite(_: Cause, o: Observation) -> bool:
+    return any(r.error is None and r.reason and "not finite" in r.reason for r in o.failing)
+
+
 def _altered(cause: Cause, o: Observation) -> bool:
+    if _not_finite(cause, o):
+        return False
     if o.alterations is not None:
         said = bool(set(cause.alterations) & set(o.alterations))
         return said and not ("weights-moved" in o.alterations and _is_permuted(o))
@@ -435,7 +445,7 @@ def _update_only(o: Observation) -> bool:
 
 
 def _clip(_: Cause, o: Observation) -> bool:
-    if not _update_only(o) or o.setting.clip <= 0:
+    if not _update_only(o) or not 0 < o.setting.clip < 1:
         return False
     scales = [(r.detail or {}).get("end_to_end_scale") for r in o.bad("update")]
     if o.setting.optimizer in ("sgd", "momentum"):
@@ -452,7 +462,15 @@ def _idle(_: Cause, o: Observation) -> bool:
     missing = [r for r in o.bad("gradient") if (r.detail or {}).get("missing")]
     if missing:
         return o.backward_only and len(missing) == len(o.bad("gradient")) and o.hit == {"expert"}
-    return _update_only(o) and {str(r.family) for r in o.bad("update")} == {"expert"}
+    if not _update_only(o) or {str(r.family) for r in o.bad("update")} != {"expert"}:
+        return False
+    return o.setting.idle_expert is not False and all(_is_of_few(r) for r in o.bad("update"))
+
+
+def _is_of_few(row: Row) -> bool:
+    """The idle experts alone are wrong: the tensor as a whole has no factor of its own."""
+    scale = (row.detail or {}).get("end_to_end_scale", row.scale)
+    return scale is None or row.residual is None or abs(scale - 1.0) < 2 * row.residual
 
 
 def _checkpoint(_: Cause, o: Observation) -> bool:
@@ -483,7 +501,8 @@ _MATCHERS: Mapping[str, Matcher] = MappingProxyType({
     "etp_rows": _etp_rows, "swapped": _swapped, "zeroed": _zeroed,
     "routing": _routing, "routing_lanes": _routing_lanes, "norm_high": _norm_high,
     "norm_low": _norm_low, "clip": _clip, "update": _update, "idle": _idle,
-    "checkpoint": _checkpoint, "resume": _resume, "unknown_factor": _unknown_factor,
+    "checkpoint": _checkpoint, "resume": _resume, "not_finite": _not_finite,
+    "unknown_factor": _unknown_factor,
     "unknown": _unknown,
 })  # fmt: skip
 

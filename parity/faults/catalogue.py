@@ -28,7 +28,7 @@ OWN = frozenset(
         "bucket-last-element", "expert-w1-w3-swapped", "embedding-padding-row", "router-float32",
         "norm-local", "optimizer-state-lost", "optimizer-state-swapped", "decay-ignored",
         "stale-gradient", "decay-coupled", "betas-swapped", "gradient-not-zeroed", "row-dropped",
-        "router-jitter-by-lane",
+        "router-jitter-by-lane", "reduction-forgotten", "clip-scales-up",
     }
 )  # fmt: skip
 """Findings of our own; every other fault is a row of the public catalogue."""
@@ -513,6 +513,11 @@ _ACCUMULATION = (
         cannot=(Blind("gas == 1", "every micro-batch is the boundary"),),
     ),
     Fault(
+        "reduction-forgotten", "reduce.due", "replaced", "dp-reduction-missing",
+        "every rank keeps its own gradient", "dp > 1", _options(by=False),
+        imitates="an engine whose step leaves the reduction to its caller",
+    ),
+    Fault(
         "boundary-early", "step.boundary", "first_micro_batch_ends", "micro-batch-lost",
         "shares (1, 0, .., 0)", "gas > 1",
         imitates="micro-step counted from 0 where the boundary counts from 1",
@@ -639,14 +644,20 @@ _STEP = (
     ),
     Fault(
         "clip-after-step", "step.order", "reversed_order", "clip-not-applied",
-        "update only", "clip > 0 and optimizer == 'sgd'", imitates="DeepSpeed #5150",
-        cannot=(Blind("clip == 0", "the coefficient is 1"),),
+        "update only", "0 < clip < 1 and optimizer == 'sgd'", imitates="DeepSpeed #5150",
+        cannot=(Blind("clip == 0 or clip > 1", "the coefficient is 1"),),
     ),
     Fault(
         "clip-ignored", "clip.coefficient", "replaced", "clip-not-applied",
-        "update only", "clip > 0 and optimizer == 'sgd'", _options(by=1.0),
+        "update only", "0 < clip < 1 and optimizer == 'sgd'", _options(by=1.0),
         imitates="DeepSpeed #5150",
-        cannot=(Blind("clip == 0", "the coefficient is 1"),),
+        cannot=(Blind("clip == 0 or clip > 1", "the coefficient is 1"),),
+    ),
+    Fault(
+        "clip-scales-up", "clip.coefficient", "unbounded", "update-rule-differs",
+        "update only, scale = clip", "clip > 1 and optimizer == 'sgd'",
+        imitates="limit / norm without min(1, .)",
+        cannot=(Blind("clip <= 1", "limit / norm is below 1 already"),),
     ),
     Fault(
         "optimizer-state-lost", "step.optimizer", "without_state", "update-rule-differs",

@@ -156,6 +156,11 @@ def replaced(_value: Any, *, by: Any, **_: Any) -> Any:
 
 
 @_selective
+def unbounded(value: float, *, norm: float, limit: float, **_: Any) -> float:
+    """Scale by limit / norm also where the norm is below the limit."""
+    return limit / (norm + 1e-6) if limit > 0 else value
+
+
 def reversed_order(value: Sequence[Any], **_: Any) -> tuple[Any, ...]:
     """Run a sequence from its end."""
     return tuple(reversed(value))

@@ -485,7 +485,7 @@ _STEP = (
     ),
     Cause(
         "not-finite", "not_finite",
-        "a loss or gradient is infinite or not a number: a division by a count of zero, an overflow",
+        "a loss or gradient is infinite or no number: division by a count of zero, overflow",
     ),
     Cause(
         "unknown-factor", "unknown_factor",

@@ -71,7 +71,8 @@ def intersect(
     if left:
         most = max(count for _, count in left)
         return [cause for cause, count in left if count == most]
-    return [c for c in CAUSES if c.id in FALLBACKS and any(matches(c, o) for o in sum(bad, []))]
+    seen = [o for runs in bad for o in runs]
+    return [c for c in CAUSES if c.id in FALLBACKS and any(matches(c, o) for o in seen)]
 
 
 def labelled(rows: Sequence[Row], case: Case | None = None) -> list[Row]:

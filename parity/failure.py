@@ -25,6 +25,7 @@ HASH_LENGTH = 40
 _LIBRARY = re.compile(
     r"/(site|dist)-packages/(torch|numpy)/|/deepspeed/comm/|/parity/rank\.py$|^<frozen "
 )
+_THREADS = "/parity/threads.py"
 _COLLECTIVE_FILE = re.compile(r"/torch/distributed/distributed_c10d\.py$")
 _ECHO_TYPE = re.compile(
     r"^(RuntimeError|Dist(Backend|Network|Store|Queue\w*)?Error|Connection\w*Error|BrokenPipeError)$"
@@ -49,6 +50,9 @@ class Frame(NamedTuple):
     def where(self) -> str:
         """Give `file:line`."""
         return f"{self.file}:{self.line}"
+
+
+Stack = tuple[Frame, ...]
 
 
 @dataclass(frozen=True)
@@ -366,6 +370,8 @@ def explain_hang(states: Sequence[State], deadline_s: float) -> Finding:
         states: where every rank stood at the deadline.
         deadline_s: the deadline that passed.
     """
+    if len(states) == 1 and (standing := _thread_ranks(states[0])):
+        return _hung_threads(states[0], standing, deadline_s)
     table = {s.rank: s for s in states}
     calls = {s.rank: call for s in states if (call := _blocked_in(s, table))}
     waits = {r: missing_from(call, table) for r, call in calls.items()}
@@ -394,6 +400,32 @@ def explain_hang(states: Sequence[State], deadline_s: float) -> Finding:
         location=frame.where if frame else None,
         collective=call,
         laggards=tuple(roots) if victims else (rank,),
+    )
+
+
+def _thread_ranks(state: State) -> dict[str, list[Stack]]:
+    """Group the stacks of a world of threads by where they stand, the fewest first."""
+    found: dict[str, list[Stack]] = {}
+    for stack in state.stacks:
+        here = blame_frame(stack)
+        if here and any(f.file.endswith(_THREADS) and f.function == "main" for f in stack):
+            found.setdefault(f"{here.where} in {here.function}", []).append(stack)
+    return dict(sorted(found.items(), key=lambda item: len(item[1])))
+
+
+def _hung_threads(
+    state: State, standing: Mapping[str, Sequence[Stack]], deadline_s: float
+) -> Finding:
+    """Say where the ranks of a world of threads stand; which is which no stack says."""
+    counted = [f"{len(stacks)} at {place}" for place, stacks in standing.items()]
+    stack = next(iter(standing.values()))[0]
+    frame = blame_frame(stack)
+    return Finding(
+        kind="hung",
+        rank=state.rank,
+        summary=f"no answer in {deadline_s:g} s: ranks are threads here, {', '.join(counted)}",
+        traceback=format_stack(stack),
+        location=frame.where if frame else None,
     )
 
 

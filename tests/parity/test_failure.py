@@ -311,3 +311,21 @@ def test_failure_survives_pickling_and_ends_in_exit_code_3() -> None:
     assert isinstance(failure, InfrastructureError)
     assert (str(failure), failure.rank, failure.laggards) == ("text", 1, (1,))
     assert failure.exit_code == 3
+
+
+def test_ranks_that_are_threads_are_counted_where_they_stand() -> None:
+    """One process, six ranks: no collective is blamed that one of them alone is in."""
+    top = Frame("/site-packages/parity/threads.py", 60, "main")
+
+    def standing(line: int, function: str) -> tuple[Frame, ...]:
+        own = Frame("/repo/fold_impl/dispatch.py", line, function)
+        return top, own, Frame("/torch/distributed/distributed_c10d.py", 1, "all_reduce")
+
+    waiting_main = (Frame("/site-packages/parity/threads.py", 80, "run_ranks"),)
+    stacks = (waiting_main, *[standing(149, "exchange")] * 5, standing(47, "backward"))
+    finding = explain_hang([State(0, stacks=stacks)], 10.0)
+    assert finding.summary == (
+        "no answer in 10 s: ranks are threads here, 1 at /repo/fold_impl/dispatch.py:47 in "
+        "backward, 5 at /repo/fold_impl/dispatch.py:149 in exchange"
+    )
+    assert finding.location == "/repo/fold_impl/dispatch.py:47"

@@ -319,7 +319,8 @@ def test_ranks_that_are_threads_are_counted_where_they_stand() -> None:
 
     def standing(line: int, function: str) -> tuple[Frame, ...]:
         own = Frame("/repo/fold_impl/dispatch.py", line, function)
-        return top, own, Frame("/torch/distributed/distributed_c10d.py", 1, "all_reduce")
+        torch = "/site-packages/torch/distributed/distributed_c10d.py"
+        return top, own, Frame(torch, 1, "all_reduce")
 
     waiting_main = (Frame("/site-packages/parity/threads.py", 80, "run_ranks"),)
     stacks = (waiting_main, *[standing(149, "exchange")] * 5, standing(47, "backward"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -21,8 +22,18 @@ from parity.layout import Layout
 TIED = 3
 """Experts in a group of exact ties: one, two or four chosen experts always cut a group."""
 
+MAX_WORLD = 4096
+"""Ranks no one starts for a tiny model; sizes that divide a world are counted up to it."""
+MAX_SEED = 10**9
+"""Seeds are spread by factors of 1000 (draws, steps) and must still fit a generator's 64 bits."""
+DAY_S = 86_400.0
+"""After which collectives give up by themselves (`parity.rank.NO_TIMEOUT`)."""
+SMALLEST, LARGEST = 1e-20, 1e3
+"""Of factors: outside, float32 overflows or has nothing left, and a right run looks wrong."""
+
 Positive = Annotated[int, Field(ge=1)]
-Coefficient = Annotated[float, Field(ge=0.0)]
+Coefficient = Annotated[float, Field(ge=0.0, le=LARGEST)]
+Factor = Annotated[float, Field(ge=SMALLEST, le=LARGEST)]
 
 
 class Part(BaseModel):
@@ -34,7 +45,7 @@ class Part(BaseModel):
 class Shape(Part):
     """Sizes the user gives; dp and edp are derived by `parity.layout.Layout`."""
 
-    world: Positive
+    world: Annotated[int, Field(ge=1, le=MAX_WORLD)]
     tp: Positive = 1
     ep: Positive = 1
     etp: Positive = 1
@@ -49,7 +60,7 @@ class Model(Part):
     hidden: Annotated[int, Field(ge=48)] = 48
     heads: Positive = 12
     mlp_width: Positive = 60
-    vocab: Positive = 37
+    vocab: Annotated[int, Field(ge=2)] = 37
     experts: Annotated[int, Field(ge=4)] = 12
     expert_width: Positive = 12
     top_k: Positive = 2
@@ -67,11 +78,11 @@ class Optimizer(Part):
     """Optimizer and its constants; lr None: chosen so that a step is near the weights' size."""
 
     name: Literal["sgd", "momentum", "adam", "adamw", "lion"] = "sgd"
-    lr: Annotated[float, Field(gt=0.0)] | None = None
+    lr: Factor | None = None
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    eps: Factor = 1e-8
     weight_decay: Coefficient = 0.0
-    momentum: float = 0.9
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
 
 
 class Engine(Part):
@@ -87,8 +98,8 @@ class Engine(Part):
     """Largest allowed global gradient norm as a fraction of the reference's own norm; 0: off."""
     sequence_parallel_size: Positive = 1
     options: dict[str, Any] = {}
-    """Further sections handed to the engine's config as they are; of them the reference follows
-    `folding.correction_bias_rate`."""
+    """Further sections handed to the engine's config as they are, but for keys that fields of the
+    case set; of them the reference follows `folding.correction_bias_rate`."""
 
 
 class Auxiliary(Part):
@@ -112,7 +123,7 @@ class Data(Part):
     """Add to each lane's loss its own linear probe of every MoE output."""
     ties: bool = False
     """Tie experts exactly, in threes: their logits are one and the same entry of the input."""
-    step_scale: Annotated[float, Field(gt=0.0)] = 1.0
+    step_scale: Factor = 1.0
     """Factor on the token losses of each step over those of the one before."""
 
 
@@ -129,8 +140,8 @@ class Case(Part):
     auxiliary: Auxiliary = Auxiliary()
     data: Data = Data()
     steps: Positive = 1
-    seed: int = 0
-    deadline_s: Annotated[float, Field(gt=0.0)] = 60.0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    deadline_s: Annotated[float, Field(gt=0.0, le=DAY_S)] = 60.0
     implementation: str | None = None
     """What its file is about; None: whatever the run judges."""
     checkpoint: str | None = None
@@ -361,7 +372,8 @@ class _Problem(NamedTuple):
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _tiling_problems(shape: Shape, model: Model) -> Iterator[_Problem]:
@@ -382,7 +394,11 @@ def _tiling_problems(shape: Shape, model: Model) -> Iterator[_Problem]:
     if model.expert_width % shape.etp:
         problem = f"does not divide model.expert_width {model.expert_width}"
         yield _Problem("shape.etp", shape.etp, problem, etps)
-    eps = [d for d in _divisors(model.experts) if shape.world % (d * shape.etp) == 0]
+    eps = [
+        d
+        for d in _divisors(shape.world)
+        if model.experts % d == 0 and shape.world % (d * shape.etp) == 0
+    ]
     if shape.world % (shape.ep * shape.etp):
         problem = f"ep*etp = {shape.ep * shape.etp} does not divide world {shape.world}"
         if eps:
@@ -431,10 +447,9 @@ def _hugging_face_problems(case: Case) -> Iterator[_Problem]:
     ]
     if name.startswith("deepseek"):
         fixed.append(("auxiliary.load_balance", case.auxiliary.load_balance, 0.0))
-        groups = [n for n in range(4, case.model.experts + 5) if n % 4 == 0]
         if case.model.experts % 4:
             problem = "the experts are chosen from 4 groups"
-            yield _Problem("model.experts", case.model.experts, problem, groups)
+            yield _Problem("model.experts", case.model.experts, problem, "multiples of 4")
     if name != "mixtral" and case.model.layers < 2:
         problem = "the first block is dense"
         yield _Problem("model.layers", case.model.layers, problem, "2 or more")
@@ -465,9 +480,54 @@ def _engine_problems(case: Case) -> Iterator[_Problem]:
     if engine.name == "deepspeed" and engine.dtype == "float64":
         allowed = ["float32", "bfloat16", "float16"]
         yield _Problem("engine.dtype", engine.dtype, "DeepSpeed has no float64 engine", allowed)
+    if 0.0 < engine.clip < SMALLEST:
+        problem = "too small a limit for float32"
+        yield _Problem("engine.clip", engine.clip, problem, f"0 (off), {SMALLEST:g} and more")
     for beta in case.optimizer.betas:
         if not 0.0 <= beta < 1.0:
             yield _Problem("optimizer.betas", beta, "is not a decay rate", "0 <= beta < 1")
+
+
+OWNED: Mapping[str, str] = {
+    "train_batch_size": "data.sequences and engine.gas",
+    "train_micro_batch_size_per_gpu": "data.sequences",
+    "gradient_accumulation_steps": "engine.gas",
+    "gradient_clipping": "engine.clip",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.lr",
+    "tensor_parallel.autotp_size": "shape.tp",
+    "tensor_parallel.preset_model": "model.name",
+    "expert_parallel.enabled": "shape.ep",
+    "expert_parallel.autoep_size": "shape.ep",
+    "expert_parallel.expert_tensor_parallel_size": "shape.etp",
+    "expert_parallel.preset_model": "model.name",
+    "pipeline.stages": "shape.pp",
+    "sequence_parallel_size": "engine.sequence_parallel_size",
+    "zero_optimization.stage": "engine.zero",
+    "bf16.enabled": "engine.dtype",
+    "fp16.enabled": "engine.dtype",
+    "fp16.loss_scale": "engine.dtype",
+    "folding.engine": "engine.name",
+    "folding.strategy": "engine.strategy",
+    "folding.preset": "model",
+    "folding.load_balance_coef": "auxiliary.load_balance",
+    "folding.z_loss_coef": "auxiliary.z_loss",
+    "folding.aux_scope": "auxiliary.scope",
+}
+"""Key of an engine's config that the harness writes -> the field of the case that sets it."""
+
+
+def _option_problems(case: Case) -> Iterator[_Problem]:
+    """Find options that would contradict what the reference computes."""
+    for key, value in flatten(case.engine.options).items():
+        for owned, field in OWNED.items():
+            if f"{key}.".startswith(f"{owned}.") or owned.startswith(f"{key}."):
+                problem = f"{owned} follows from the case"
+                yield _Problem(f"{_OPTIONS}{key}", value, problem, f"leave it out, set {field}")
+    rate = case.engine.options.get("folding", {}).get("correction_bias_rate", 0.0)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= LARGEST:
+        key = f"{_OPTIONS}folding.correction_bias_rate"
+        yield _Problem(key, rate, "is no step of a bias", f"0 to {LARGEST:g}")
 
 
 def _checkpoint_problems(case: Case) -> Iterator[_Problem]:
@@ -479,7 +539,7 @@ def _checkpoint_problems(case: Case) -> Iterator[_Problem]:
     try:
         target = case.resumed_shape
     except ValueError:
-        forms = ["resume", "reshard:w<world>-tp<tp>-ep<ep>-etp<etp>"]
+        forms = ["resume", f"reshard:w<world>-tp<tp>-ep<ep>-etp<etp>, a world of 1 to {MAX_WORLD}"]
         yield _Problem("checkpoint", case.checkpoint, "is no checkpoint", forms)
         return
     if case.checkpoint != "resume" and target == case.shape:
@@ -504,6 +564,7 @@ def check(case: Case) -> None:
         _hugging_face_problems(case),
         _tiling_problems(case.shape, case.model),
         _engine_problems(case),
+        _option_problems(case),
         _checkpoint_problems(case),
     )
     for key, value, problem, allowed in problems:

@@ -170,7 +170,8 @@ def _values(field: Mapping[str, Any]) -> str:
     kinds = {"integer": "integer", "number": "number", "boolean": "`true`, `false`",
              "string": "text", "object": "table", "array": "list"}  # fmt: skip
     kind = kinds[field["type"]]
-    for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<=")):
+    for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="),
+                      ("exclusiveMaximum", "<")):  # fmt: skip
         if key in field:
             kind += f" {sign} {field[key]:g}"
     return kind

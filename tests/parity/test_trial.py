@@ -299,11 +299,11 @@ def test_deepspeeds_engine_gets_its_stage_and_precision() -> None:
 def test_options_of_a_case_are_merged_into_their_sections() -> None:
     """A table extends the section that is there; anything else is set."""
     options = {
-        "engine.options.tensor_parallel.preset_model": "mixtral",
+        "engine.options.tensor_parallel.tp_overlap_comm": True,
         "engine.options.steps_per_print": 5,
     }
     config = written(**options)
-    assert config["tensor_parallel"] == {"autotp_size": 2, "preset_model": "mixtral"}
+    assert config["tensor_parallel"] == {"autotp_size": 2, "tp_overlap_comm": True}
     assert config["steps_per_print"] == 5
 
 

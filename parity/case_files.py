@@ -41,6 +41,15 @@ else:  # pragma: no cover - the same parser under its older name
     import tomli as tomllib
 
 DEFAULT_SUITE = "seed"
+FEWEST_LAYERS = 2
+"""Of a case in a file: in one layer no gradient has passed another layer's MoE."""
+ID = r"(?!.*\.toml)[A-Za-z0-9][A-Za-z0-9._+-]*"
+"""Of a case that names itself; what holds `.toml` would be taken for a file."""
+_DECLARATION = re.compile(
+    rb"""^\s*(["']?suite["']?\s*=|\[\[\s*["']?case["']?[\s.\]]|\[\s*["']?axes["']?[\s.\]])""",
+    re.MULTILINE,
+)
+"""A line only a case file has."""
 
 
 class Override(Part):
@@ -75,12 +84,14 @@ class CaseFile(Part):
 
 
 def is_case_file(path: Path) -> bool:
-    """Say whether a file declares a suite, even where the rest of it is malformed."""
+    """Say whether a file declares a suite, axes or cases, even where the rest of it is malformed.
+
+    A file that cannot be read counts as one: nobody is to miss its cases without a word.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
-    return re.search(r"^\s*suite\s*=", text, re.MULTILINE) is not None
+        return _DECLARATION.search(path.read_bytes()) is not None
+    except OSError:
+        return path.is_file()
 
 
 def load_toml(text: str) -> dict[str, Any]:
@@ -100,6 +111,11 @@ def load_file(path: Path) -> list[Case]:
     cases = [*matrix, *_singles(parsed, file)]
     if not cases:
         raise CaseError("no case: give [axes] or [[case]]", file=file)
+    for case in cases:
+        if case.model.layers < FEWEST_LAYERS:
+            raise CaseError("no gradient passes another layer", file=file, case=case.id,
+                            key="model.layers", value=case.model.layers,
+                            allowed=f"{FEWEST_LAYERS} or more")  # fmt: skip
     _refuse_duplicates(cases)
     return cases
 
@@ -123,7 +139,7 @@ def parse_file(path: Path) -> CaseFile:
     except OSError as problem:
         raise CaseError(f"cannot be read: {problem.strerror}", file=file) from None
     try:
-        return CaseFile.model_validate(table)
+        return CaseFile.model_validate(table, strict=True)
     except ValidationError as problems:
         raise _file_refusal(first_complaint(problems), file) from None
 
@@ -282,15 +298,16 @@ def _singles(parsed: CaseFile, file: str) -> Iterator[Case]:
     for entry in parsed.case:
         fields = flatten(entry)
         name = fields.pop("id", None)
-        if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", str(name)):
+        if name is not None and not (isinstance(name, str) and re.fullmatch(ID, name)):
             raise CaseError("not an id", file=file, key="case.id", value=name,
-                            allowed="letters, digits, and . _ + - after the first")  # fmt: skip
+                            allowed="a text of letters, digits, and . _ + - after the first; "
+                                    "not .toml, which means a file")  # fmt: skip
         cell = _merge(flatten(parsed.base), fields)
         yield make(
             cell,
             suite=parsed.suite,
             file=file,
-            id=name and str(name),
+            id=name,
             implementation=parsed.implementation,
         )
 
@@ -335,12 +352,14 @@ def find_folder(given: Path | None = None) -> Path:
 
 
 def load_folder(folder: Path) -> list[Case]:
-    """Load every file of a folder, in the order of the file names.
+    """Load every case file of a folder, in the order of the file names.
+
+    Other TOML files may lie beside them.
 
     Raises:
         CaseError: a file is refused, or one suite uses an id twice.
     """
-    files = sorted(folder.glob("*.toml"))
+    files = [path for path in sorted(folder.glob("*.toml")) if is_case_file(path)]
     cases = [case for path in files for case in load_file(path)]
     _refuse_duplicates(cases)
     return cases
@@ -426,13 +445,15 @@ def file_schema() -> dict[str, Any]:
     definitions: dict[str, Any] = source.pop("$defs")
     for definition in definitions.values():
         definition.pop("required", None)
+    definitions["Model"]["properties"]["layers"]["minimum"] = FEWEST_LAYERS
     fields = {k: v for k, v in source["properties"].items() if k not in IDENTITY}
     for name, section in SECTIONS.items():
         for key, field in definitions[section.__name__]["properties"].items():
             fields[f"{name}.{key}"] = field
     when = {"type": "object", "minProperties": 1, "description": "key -> value, or any of a list"}
     entry = {"type": "object", "properties": fields, "additionalProperties": False}
-    single = {**entry, "properties": {"id": {"type": "string"}, **fields}}
+    named = {"type": "string", "pattern": f"^{ID}$"}
+    single = {**entry, "properties": {"id": named, **fields}}
     axis = {"anyOf": [{"type": "array", "minItems": 1}, {"type": "object"}]}
     changes = {"when": when, "set": {"$ref": "#/$defs/Fields"}}
     return {

@@ -141,6 +141,12 @@ def test_single_cases_stand_on_base_and_may_name_themselves(tmp_path: Path) -> N
         ),
         ('suite = "s"\n[axes]\nsteps = [1]\n[[exclude]]\nwhen = { steps = 2 }', "matches no case"),
         ('suite = "s"\n[[case]]\nshape.world = 1\nid = "a*"', "not an id"),
+        ('suite = "s"\n[[case]]\nshape.world = 1\nid = 3', "not an id"),
+        ('suite = "s"\n[[case]]\nshape.world = 1\nid = true', "not an id"),
+        ('suite = "s"\n[[case]]\nshape.world = 1\nid = "a.toml"', "which means a file"),
+        ('suite = "s"\n[[case]]\nshape.world = 1\nid = "a.toml.b"', "which means a file"),
+        ('suite = "s"\nsample = "pairwise"\ncells = "5"', "cells: value not allowed"),
+        ('suite = "s"\nsample = "pairwise"\ncells = true', "cells: value not allowed"),
         ('suite = "s"\n[[case]]\nshape.world = 1\nsuite = "t"', "cannot be set here"),
     ],
 )
@@ -203,6 +209,36 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
          "gloo, nccl"),
         ('engine = { name = "deepspeed", dtype = "float64" }', "engine.dtype", "'float64'",
          "float32, bfloat16, float16"),
+        ("model.vocab = 1", "model.vocab", "1", "greater than or equal to 2"),
+        ("model.layers = 1", "model.layers", "1", "2 or more"),
+        ("deadline_s = 1e300", "deadline_s", "1e+300", "less than or equal to 86400"),
+        ("seed = 100000000000000000000000", "seed", "100000000000000000000000",
+         "less than or equal to 1000000000"),
+        ("seed = -1", "seed", "-1", "greater than or equal to 0"),
+        ("optimizer.lr = 1e300", "optimizer.lr", "1e+300", "less than or equal to 1000"),
+        ("optimizer.lr = 1e-300", "optimizer.lr", "1e-300", "greater than or equal to 0.0000"),
+        ("optimizer.eps = 1e300", "optimizer.eps", "1e+300", "less than or equal to 1000"),
+        ("optimizer.weight_decay = 1e300", "optimizer.weight_decay", "1e+300",
+         "less than or equal to 1000"),
+        ("optimizer.momentum = -1.0", "optimizer.momentum", "-1.0",
+         "greater than or equal to 0"),
+        ("optimizer.momentum = 1.0", "optimizer.momentum", "1.0", "less than 1"),
+        ("auxiliary.z_loss = 1e300", "auxiliary.z_loss", "1e+300", "less than or equal to 1000"),
+        ("engine.clip = 1e-300", "engine.clip", "1e-300", "0 (off), 1e-20 and more"),
+        ('steps = 2\ncheckpoint = "reshard:w999999999"', "checkpoint", "'reshard:w999999999'",
+         "a world of 1 to 4096"),
+        ("engine.options.gradient_clipping = 0.5", "engine.options.gradient_clipping", "0.5",
+         "set engine.clip"),
+        ("engine.options.tensor_parallel.autotp_size = 4",
+         "engine.options.tensor_parallel.autotp_size", "4", "set shape.tp"),
+        ("engine.options.optimizer.params.lr = 1.0", "engine.options.optimizer.params.lr", "1.0",
+         "set optimizer"),
+        ("engine.options.tensor_parallel = 4", "engine.options.tensor_parallel", "4",
+         "set shape.tp"),
+        ("engine.options.zero_optimization.stage = 1", "engine.options.zero_optimization.stage",
+         "1", "set engine.zero"),
+        ('engine.options.folding.correction_bias_rate = "x"',
+         "engine.options.folding.correction_bias_rate", "'x'", "0 to 1000"),
         ("model.layer = 2", "model.layer", "2", "name, layers, hidden"),
         ("modle.layers = 2", "modle", "{'layers': 2}", "shape, model, engine"),
         ("step = 2", "step", "2", "steps, seed, deadline_s"),
@@ -232,11 +268,33 @@ def test_a_bad_case_is_refused_with_everything_one_needs(
         'engine = { dtype = "float64", backend = "threads" }',
         "optimizer.lr = 1",
         "optimizer.betas = [0.0, 0.5]",
+        "optimizer.momentum = 0.0",
+        "model.vocab = 2",
+        "deadline_s = 86400.0",
+        "seed = 1000000000",
+        "engine.clip = 1e-3",
+        'shape.tp = 2\nsteps = 2\ncheckpoint = "reshard:w4096"',
+        "engine.options.tensor_parallel.tp_overlap_comm = true",
+        "engine.options.zero_optimization.reduce_bucket_size = 5",
+        "engine.options.gradient_clip = 0.5",
     ],
 )
 def test_near_misses_are_accepted(tmp_path: Path, lines: str) -> None:
     """What lies next to a refusal is a good case."""
     assert one(tmp_path, lines).shape.world == 8
+
+
+@pytest.mark.parametrize(("world", "refused"), [("4097", True), ("4096", False)])
+def test_a_world_has_a_bound(tmp_path: Path, world: str, refused: bool) -> None:
+    """Beyond it sizes that divide the world would be counted for minutes."""
+    path = write(tmp_path, f'suite = "s"\n[[case]]\nshape.world = {world}')
+    if not refused:
+        assert load_file(path)[0].shape.world == 4096
+        return
+    with pytest.raises(
+        CaseError, match=r"shape\.world: .*4097.*allowed: less than or equal to 4096"
+    ):
+        load_file(path)
 
 
 def test_a_missing_world_is_refused(tmp_path: Path) -> None:
@@ -354,8 +412,39 @@ def test_the_folder_of_cases_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_case_file_is_known_by_its_suite(tmp_path: Path) -> None:
     """A file that names a suite is one, well formed or not; another TOML file is none."""
     assert is_case_file(write(tmp_path, 'suite = "s"\n[base'))
+    assert is_case_file(write(tmp_path, "[[case]]\nshape.world = 1"))
+    assert is_case_file(write(tmp_path, "suit = 's'\n[ axes ]\nsteps = [1]"))
     assert not is_case_file(write(tmp_path, "[tool.other]\nkey = 1"))
+    assert not is_case_file(write(tmp_path, "[cases]\nsuites = 1\naxes = 2"))
     assert not is_case_file(tmp_path / "absent.toml")
+    tmp_path.joinpath("folder.toml").mkdir()
+    assert not is_case_file(tmp_path / "folder.toml")
+
+
+def test_a_folder_may_hold_other_toml_files(tmp_path: Path) -> None:
+    """A linter's config beside the cases is none; a broken case file still stops the loading."""
+    write(tmp_path, 'suite = "s"\n[[case]]\nshape.world = 1')
+    write(tmp_path, 'line-length = 100\nexclude = ["x"]\n[lint]\nselect = ["E"]', "ruff.toml")
+    assert [case.id for case in load_folder(tmp_path)] == ["w1-sgd-fp32"]
+    for broken in (b'suite = "t"\n[base', b'suite = "\xff"', b"[[case]]\nshape.world = 1"):
+        tmp_path.joinpath("two.toml").write_bytes(broken)
+        with pytest.raises(CaseError, match=r"two\.toml"):
+            load_folder(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cases would be missed without a word."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    write(tmp_path, 'suite = "s"')
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(CaseError, match="cannot be read: Permission denied"):
+        load_folder(tmp_path)
 
 
 def test_cases_of_one_gang_run_in_a_row() -> None:
@@ -377,7 +466,10 @@ def test_the_schema_describes_case_files() -> None:
     shipped = load_toml(SEED.read_text(encoding="utf-8"))
     assert list(validator.iter_errors(shipped)) == []
     json.dumps(schema)
-    bad_cases: tuple[Any, ...] = ({"modle": {}}, {"model": {"name": "gpt"}}, {"model.top_k": 0})
+    bad_cases: tuple[Any, ...] = (
+        {"modle": {}}, {"model": {"name": "gpt"}}, {"model.top_k": 0}, {"model.layers": 1},
+        {"model": {"layers": 1}}, {"id": 3}, {"id": "a.toml"},
+    )  # fmt: skip
     for bad in bad_cases:
         assert list(validator.iter_errors({"suite": "s", "case": [bad]}))
 

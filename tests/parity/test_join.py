@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from parity import cli
+from parity import cli, join
+from parity.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CASE, LARGE = "w2-tp2-ep2-L1-sgd-fp32", "w4-tp2-ep2-L1-sgd-fp32"
+CASE, LARGE = "w2-tp2-ep2-sgd-fp32", "w4-tp2-ep2-sgd-fp32"
 CASES = """
 suite = "joined"
 [base]
-model.layers = 1
 deadline_s = 200.0
 [[case]]
 shape = { world = 2, tp = 2, ep = 2 }
@@ -81,6 +81,24 @@ def test_without_a_launcher_it_says_what_is_missing(monkeypatch: pytest.MonkeyPa
     done = CliRunner().invoke(cli.main, ["rank", "w4-*"])
     assert done.exit_code == 3
     assert "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set" in done.stderr
+
+
+def test_rank_0_takes_what_the_case_file_is_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record names it; an unknown one is refused, with no directory, and the others may go."""
+    monkeypatch.chdir(tmp_path)
+    trainer, ended = "examples.two_rank_mlp:TwoRankMLP", []
+    (tmp_path / "own.toml").write_text(f'implementation = "{trainer}"\n{CASES}')
+    joined = join.Joined(None, 0, 1)
+    monkeypatch.setattr(joined, "end", lambda: ended.append(1))
+    with pytest.raises(UsageError, match="unknown implementation 'nope'; allowed: "):
+        join.main(joined, ["own.toml"], None, None, "nope", None)
+    assert [*tmp_path.iterdir()] == [tmp_path / "own.toml"]
+    assert join.main(joined, ["own.toml"], None, None, None, Path("out")) == 3  # a job too small
+    about = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert about["selection"]["implementation"] == trainer
+    assert ended == [1, 1]
 
 
 def _namespaces() -> bool:

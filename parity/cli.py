@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import FrameType, MappingProxyType
@@ -24,7 +23,7 @@ from typing import Any
 
 import click
 
-from parity import __version__, cli_reports
+from parity import __version__, cli_reports, registry
 from parity.case import Case, flatten
 from parity.case_files import (
     DEFAULT_SUITE,
@@ -36,7 +35,7 @@ from parity.case_files import (
 )
 from parity.errors import NothingSelectedError, ParityError, UsageError
 from parity.fingerprint import commit
-from parity.known import Assessment, FailOn, assess
+from parity.known import Assessment, FailOn, KnownFindings, assess
 from parity.known import load as load_known
 from parity.report import github, tables
 from parity.session import (
@@ -46,11 +45,10 @@ from parity.session import (
     OpenJudge,
     Recorder,
     Selection,
+    check_resumable,
     exit_code_of,
-    implementation_of,
     judge_case,
     open_judge,
-    outside_files,
     write_report,
 )
 from parity.store import FAILING, Row, RunDirectory, definition_of
@@ -170,27 +168,20 @@ def run(
         if selectors or suite or folder or implementation or device or out:
             raise UsageError("--resume takes selection, implementation and device from its run")
         directory = RunDirectory.open(resume)
-        selection = Selection.from_run(directory.run())
-        cases = _chosen(selection)
-        kept = directory.keep_finished({case.id: definition_of(case) for case in cases})
+        directory.hold()
+        selection, cases, kept = _resumed(directory, listed)
     else:
-        selection = Selection(
-            selectors=selectors,
-            suite=suite if selectors else suite or DEFAULT_SUITE,
-            cases=None if folder is None else str(folder),
-            device=device or "cpu",
-        )
-        cases = _chosen(selection)
-        selection = replace(
-            selection,
-            implementation=implementation or implementation_of(cases),
-            files=outside_files(cases, folder),
-        )
+        suite = suite if selectors else suite or DEFAULT_SUITE
+        cases = select(selectors, suite=suite, folder=folder)
+        selection = Selection.of(
+            cases, selectors=selectors, suite=suite, folder=folder,
+            implementation=implementation, device=device or "cpu",
+        )  # fmt: skip
         directory = RunDirectory.create(out, root=REPORTS, commit=commit())
     done = {row.case for row in kept}
     recorder = Recorder(
         directory, selection, _command(), kept=kept, started=started,
-        is_default=directory.path.parent == REPORTS, cases=cases, listed=listed,
+        is_default=directory.path.parent.resolve() == REPORTS.resolve(), cases=cases, listed=listed,
     )  # fmt: skip
     opener: OpenJudge = ctx.obj or open_judge
     left = [case for case in run_order(cases) if case.id not in done]
@@ -200,9 +191,21 @@ def run(
     ctx.exit(INTERRUPTED if state == "interrupted" else code)
 
 
-def _chosen(selection: Selection) -> list[Case]:
+def _resumed(
+    directory: RunDirectory, listed: KnownFindings
+) -> tuple[Selection, list[Case], list[Row]]:
+    """Give what a run was about, and its rows that stay; a case that changed is done again."""
+    run = directory.run()
+    check_resumable(run, directory.path, listed.packages)
+    selection = Selection.from_run(run)
     folder = None if selection.cases is None else Path(selection.cases)
-    return select(selection.selectors, suite=selection.suite, folder=folder)
+    cases = select(selection.selectors, suite=selection.suite, folder=folder)
+    registry.check(selection.implementation)
+    now, then = {case.id: definition_of(case) for case in cases}, run.get("definitions") or {}
+    changed = [case for case, hashed in now.items() if then.get(case, hashed) != hashed]
+    if changed:
+        click.echo(f"parity: changed since, done again: {', '.join(changed)}", err=True)
+    return selection, cases, directory.keep_finished(now)
 
 
 def _command() -> str:

@@ -14,12 +14,13 @@ from typing import Any
 import click
 
 from parity import explain as explaining
+from parity import registry
 from parity.case import Case
 from parity.case_files import find_folder, load_folder, select
 from parity.errors import UsageError
 from parity.evidence import observe
 from parity.report import explanation
-from parity.session import DEFAULT_IMPLEMENTATION, OpenJudge, Selection, open_judge
+from parity.session import OpenJudge, Selection, implementation_of, open_judge
 from parity.store import RESULTS, Row, RunDirectory, by_case
 
 _MOST_CASES = 10
@@ -33,7 +34,11 @@ _MOST_CASES = 10
 @click.option(
     "--cases", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Folder of cases."
 )
-@click.option("--implementation", metavar="NAME|module:attr", help="What a CASE is run with.")
+@click.option(
+    "--implementation",
+    metavar="NAME|module:attr",
+    help="What a CASE is run with; default: as it ran, else what its file names.",
+)
 @click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
 @click.pass_context
 def explain(
@@ -52,7 +57,6 @@ def explain(
         folder = folder or (Path(selection.cases) if selection.cases else None)
         loaded = _loaded(folder, selection.files or {})
         results = by_case(run.rows())
-        implementation = implementation or selection.implementation
         if only is not None and only not in results:
             raise UsageError(f"--case {only}: not in {target}; allowed: {', '.join(results)}")
     else:
@@ -61,10 +65,13 @@ def explain(
             raise UsageError(f"{target!r} names {len(chosen)} cases, explain takes one")
         loaded = {**_loaded(folder, {}), chosen[0].id: chosen[0]}
         results, only = {}, chosen[0].id
-        implementation = implementation or DEFAULT_IMPLEMENTATION
     further: dict[str, list[str]] = {}
     if taps or tokens or not results:
         case = _case_to_run(results, loaded, only)
+        if implementation is None and case.id in results:
+            implementation = results[case.id][0].implementation
+        implementation = implementation or implementation_of([case])
+        registry.check(implementation)
         rows, further = _rerun(opener, implementation, case, taps, tokens)
         results = {**results, case.id: rows} if results else {case.id: rows}
     shown = {k: v for k, v in results.items() if only in (None, k)}

@@ -198,13 +198,16 @@ def complete_suites(_ctx: click.Context, _parameter: click.Parameter, typed: str
 )
 @click.option("--suite", metavar="NAME", help="Look ids and globs up in one suite.")
 @click.option("--cases", "folder", type=path_argument, metavar="DIR", help="Folder of case files.")
-@click.option("--implementation", metavar="NAME|module:attr", default="fold_impl")
+@click.option(
+    "--implementation", metavar="NAME|module:attr",
+    help="What is judged; default: what the case file names, else fold_impl.",
+)  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--out", type=path_argument, metavar="DIR", help="Run directory, written by rank 0.")
 @click.pass_context
 def rank(
     ctx: click.Context, /, selectors: tuple[str, ...], suite: str | None, folder: Path | None,
-    implementation: str, device: str, out: Path | None,
+    implementation: str | None, device: str, out: Path | None,
 ) -> None:  # fmt: skip
     """Be one rank of a world that torchrun (or Slurm, Kubernetes) has started on many nodes.
 
@@ -212,10 +215,6 @@ def rank(
     larger than the job is an error, a smaller one runs on the first ranks.
     """
     from parity.join import Joined, main
-    from parity.session import Selection
 
-    selection = Selection(
-        selectors=selectors, suite=suite, cases=None if folder is None else str(folder),
-        implementation=implementation, device=device,
-    )  # fmt: skip
-    ctx.exit(main(selection, out, Joined.from_environment(device)))
+    joined = Joined.from_environment(device)
+    ctx.exit(main(joined, selectors, suite, folder, implementation, out))

@@ -24,7 +24,7 @@ from parity.cli import INTERRUPTED, terminate_as_interrupt
 from parity.cli_reports import complete_suites
 from parity.environments import InstallationError, pinned, prepare, versions_of
 from parity.known import FailOn, KnownFindings, load
-from parity.session import Selection, implementation_of
+from parity.session import Selection
 
 _INTERRUPTED = "interrupted"
 
@@ -71,9 +71,9 @@ def versions(
     listed = load(known_file)
     suite = suite if selectors else suite or DEFAULT_SUITE
     cases = select(selectors, suite=suite, folder=folder)
-    selection = Selection(
-        selectors=selectors, suite=suite, cases=None if folder is None else str(folder),
-        implementation=implementation or implementation_of(cases), device=device,
+    selection = Selection.of(
+        cases, selectors=selectors, suite=suite, folder=folder,
+        implementation=implementation, device=device,
     )  # fmt: skip
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     asked = _Asked(

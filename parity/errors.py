@@ -5,7 +5,10 @@ Owns the wording pattern "where, what, what would do". Must not know how an erro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import errno
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 
 class ParityError(Exception):
@@ -55,3 +58,21 @@ class InfrastructureError(ParityError):
     """A rank died, hung or ran out of memory: nothing is known about parity."""
 
     exit_code = 3
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Say what could not be written.
+
+    Raises:
+        UsageError: the path given by the user will not do.
+        InfrastructureError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as problem:
+        kind = InfrastructureError if problem.errno in _FULL else UsageError
+        raise kind(f"cannot write {path}: {problem.strerror}") from None

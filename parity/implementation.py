@@ -7,16 +7,14 @@ reduction and *before* clipping, each rank handing over its own shard under the 
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from parity import registry
 from parity.errors import UsageError
 from parity.layout import Layout
 
@@ -144,34 +142,13 @@ class Refusal(Exception):  # noqa: N818 - a verdict of the implementation, not a
     refusal = True
 
 
-ENTRY_POINT_GROUP = "parity.implementations"
-
-
-@functools.cache
-def _registered() -> dict[str, EntryPoint]:
-    """Read the metadata of all installed packages once: 10 ms, in every rank of every case."""
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-
-
 def find(name: str) -> Callable[[], Implementation]:
     """Find what makes an implementation: a name of the entry-point group, or `module:attr`.
 
     Raises:
         UsageError: no such name, module or attribute, or a member of the Protocol is missing.
     """
-    known = _registered()
-    if name in known:
-        made = known[name].load()
-    elif ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            made = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UsageError(f"implementation {name!r}: {error}") from error
-    else:
-        raise UsageError(
-            f"unknown implementation {name!r}; allowed: {', '.join(sorted(known))}, module:attr"
-        )
+    made = registry.load(name)
     missing = [m for m in REQUIRED if not hasattr(made, m)]
     if missing:
         raise UsageError(f"implementation {name!r} lacks {', '.join(missing)}")

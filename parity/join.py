@@ -24,6 +24,7 @@ from parity.failure import RankFailure, Refused, all_refused, explain_stop
 from parity.rank import RankRuntime, find, report
 
 if TYPE_CHECKING:
+    from parity.case import Case
     from parity.session import Selection
 
 _IDLE = timedelta(days=1)
@@ -209,24 +210,34 @@ class Joined:
         self._runtime = None
 
 
-def main(selection: Selection, out: Path | None, joined: Joined) -> int:
-    """Be one rank of the job; rank 0 judges, writes the run directory and prints.
+def main(
+    joined: Joined, selectors: Sequence[str], suite: str | None, folder: Path | None,
+    implementation: str | None, out: Path | None,
+) -> int:  # fmt: skip
+    """Be one rank of the job; rank 0 chooses cases, judges, writes the run directory and prints.
 
     Returns:
         The exit code: that of the run on rank 0, else 0 if this rank did what it was told.
     """
     if joined.rank:
         return joined.serve()
+    from parity.case_files import run_order, select
+    from parity.session import Selection
+
     try:
-        return _judge(selection, out, joined)
+        cases = run_order(select(selectors, suite=suite, folder=folder))
+        selection = Selection.of(
+            cases, selectors=selectors, suite=suite, folder=folder,
+            implementation=implementation, device=joined.device,
+        )  # fmt: skip
+        return _judge(cases, selection, out, joined)
     finally:
         joined.end()
 
 
-def _judge(selection: Selection, out: Path | None, joined: Joined) -> int:
+def _judge(cases: Sequence[Case], selection: Selection, out: Path | None, joined: Joined) -> int:
     import click
 
-    from parity.case_files import run_order, select
     from parity.fingerprint import commit
     from parity.judge import Judge
     from parity.known import load
@@ -234,8 +245,6 @@ def _judge(selection: Selection, out: Path | None, joined: Joined) -> int:
     from parity.session import Recorder, judge_case
     from parity.store import RunDirectory
 
-    folder = None if selection.cases is None else Path(selection.cases)
-    cases = run_order(select(selection.selectors, suite=selection.suite, folder=folder))
     root = Path("reports")
     directory = RunDirectory.create(out, root=root, commit=commit())
     command = f"parity rank {' '.join(selection.selectors)}, {joined.world_size} ranks"

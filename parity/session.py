@@ -15,19 +15,20 @@ import traceback
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
+from parity import registry
 from parity.case import Case
 from parity.case_files import find_folder
 from parity.errors import InfrastructureError, UsageError
-from parity.fingerprint import fingerprint, visible_gpus
+from parity.fingerprint import commit, fingerprint, versions, visible_gpus
 from parity.known import Assessment, FailOn, KnownFindings, assess
 from parity.report import ctrf, html, junit, markdown, tables
 from parity.report.cells import cells
-from parity.store import Row, RunDirectory, by_case, case_verdict, definition_of
+from parity.store import RUN, Row, RunDirectory, by_case, case_verdict, definition_of
 
 DEFAULT_IMPLEMENTATION = "fold_impl"
 MAX_LIVE_RANKS = 32
@@ -180,21 +181,41 @@ class Selection:
     device: str = "cpu"
     files: Mapping[str, str] | None = None
     """case id -> file, for cases that are in no folder of cases."""
+    is_given: bool = False
+    """Whether the user named the implementation, so that a command must, too; else the case files
+    are about it."""
+
+    @classmethod
+    def of(
+        cls, cases: Sequence[Case], *, selectors: Sequence[str] = (), suite: str | None = None,
+        folder: Path | None = None, implementation: str | None = None, device: str = "cpu",
+    ) -> Selection:  # fmt: skip
+        """Note what was asked for and the cases that it chose; without a name theirs is judged.
+
+        Raises:
+            UsageError: the cases are about different implementations, or there is no such one.
+        """
+        name = implementation or implementation_of(cases)
+        registry.check(name)
+        return cls(
+            tuple(selectors), suite, None if folder is None else str(folder), name, device,
+            outside_files(cases, folder), is_given=implementation is not None,
+        )  # fmt: skip
 
     @classmethod
     def from_run(cls, run: Mapping[str, Any]) -> Selection:
         """Read it back from run.json; what is missing has its default."""
         stored = run.get("selection") or {}
         known = {key: stored[key] for key in cls.__dataclass_fields__ if stored.get(key)}
-        return cls(**{**known, "selectors": tuple(known.get("selectors", ()))})
+        other = known.get("implementation", DEFAULT_IMPLEMENTATION) != DEFAULT_IMPLEMENTATION
+        is_given = stored.get("is_given", other)  # older runs do not say
+        return cls(
+            **{**known, "selectors": tuple(known.get("selectors", ())), "is_given": is_given}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Give it as a part of run.json."""
         return {key: getattr(self, key) for key in self.__dataclass_fields__}
-
-    def with_files(self, files: Mapping[str, str]) -> Selection:
-        """Give the same selection with the files of its cases noted."""
-        return replace(self, files=files)
 
     def rerun(self, case: str) -> str:
         """Write the command that runs just one case again."""
@@ -202,7 +223,7 @@ class Selection:
         words = ["parity", "run", f"{file}::{case}" if file else case]
         if self.cases and not file:
             words += ["--cases", self.cases]
-        if self.implementation != DEFAULT_IMPLEMENTATION:
+        if self.is_given:
             words += ["--implementation", self.implementation]
         if self.device != "cpu":
             words += ["--device", self.device]
@@ -216,6 +237,30 @@ def outside_files(cases: Iterable[Case], folder: Path | None = None) -> dict[str
     except UsageError:  # only files were chosen, and there is no folder
         found = None
     return {c.id: c.file for c in cases if Path(c.file).resolve().parent != found}
+
+
+def check_resumable(run: Mapping[str, Any], path: Path, packages: Iterable[str] = ()) -> None:
+    """Refuse to put rows of another program beside those of a run.
+
+    Args:
+        run: its run.json.
+        path: its directory.
+        packages: further packages whose versions count.
+
+    Raises:
+        UsageError: there is no run.json, or the commit or a version is another one now.
+    """
+    if not run:
+        raise UsageError(f"{path / RUN}: missing, so what was asked for is lost: start a new run")
+    then = {"commit": run.get("commit"), **(run.get("versions") or {})}
+    now = {"commit": commit(), **versions(packages)}
+    changed = [
+        f"{name} {then[name]} then, {now[name]} now"
+        for name in now if name in then and then[name] != now[name]
+    ]  # fmt: skip
+    if changed:
+        text = "its rows and further ones would be of two programs: start a new run"
+        raise UsageError(f"{path} cannot be resumed: {'; '.join(changed)}; {text}")
 
 
 class Recorder:
@@ -273,14 +318,17 @@ class Recorder:
         Args:
             state: how the run ended; one that was "refused" before its first case leaves nothing.
         """
-        if state == "refused" and not self.rows:
-            self.directory.discard()
-            return
-        self.known = assess(self.rows, self._listed, self._fingerprint["versions"])
-        self._write_run(state)
-        write_report(self.directory, self.rows, self.known)
-        if self._is_default:
-            self.directory.link_latest()
+        try:
+            if state == "refused" and not self.rows:
+                self.directory.discard()
+                return
+            self.known = assess(self.rows, self._listed, self._fingerprint["versions"])
+            self._write_run(state)
+            write_report(self.directory, self.rows, self.known)
+            if self._is_default:
+                self.directory.link_latest()
+        finally:
+            self.directory.release()
 
     def exit_code(self, fail_on: FailOn = "any") -> int:
         """Give the exit code for everything recorded."""

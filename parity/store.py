@@ -8,17 +8,21 @@ line cut off by a crash makes its case unfinished.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parity.errors import UsageError
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from parity.errors import UsageError, writing
 
 if TYPE_CHECKING:
     from parity.case import Case
@@ -27,7 +31,8 @@ SCHEMA = 1
 VERDICTS = ("error", "fail", "leak", "pass", "skipped")
 """Every verdict, the one that decides a case first; `skipped` decides only where all rows are."""
 FAILING = ("error", "fail", "leak")
-RESULTS, RUN, LATEST = "results.jsonl", "run.json", "latest"
+RESULTS, RUN, LATEST, LOCK = "results.jsonl", "run.json", "latest", ".lock"
+_SHAPE = ("world", "pp", "tp", "dp", "ep", "etp", "edp")
 _METRICS = ("ratio", "scale", "residual", "error", "threshold")
 _OPTIONAL = ("reason", "detail")
 
@@ -107,15 +112,22 @@ class Row:
         """Read a row back; keys of a later writer are left out.
 
         Raises:
-            UsageError: the row is of another schema, or a key is missing.
+            UsageError: the row is of another schema, or a key is missing or holds what is none.
         """
         if row.get("schema") != SCHEMA:
             raise UsageError(f"row of schema {row.get('schema')!r}; allowed: {SCHEMA}")
-        known = {field.name for field in fields(cls)}
+        if row.get("verdict") not in VERDICTS:
+            allowed = ", ".join(VERDICTS)
+            raise UsageError(
+                f"verdict: no verdict (got {row.get('verdict')!r}); allowed: {allowed}"
+            )
         try:
-            return cls(**{key: value for key, value in row.items() if key in known})
-        except TypeError as problem:
-            raise UsageError(f"not a row of results: {problem}") from None
+            read = _row_reader().validate_python(dict(row))
+        except ValidationError as problem:
+            raise UsageError(f"not a row of results: {_first(problem)}") from None
+        if missing := [axis for axis in _SHAPE if axis not in read.shape]:
+            raise UsageError(f"not a row of results: shape: lacks {', '.join(missing)}")
+        return read
 
     @classmethod
     def from_json(cls, line: str) -> Row:
@@ -126,10 +138,22 @@ class Row:
         return cls.from_dict(row)
 
 
+@functools.cache
+def _row_reader() -> TypeAdapter[Row]:
+    return TypeAdapter(Row)
+
+
+def _first(problem: ValidationError) -> str:
+    """Say the first thing that is wrong: key and what is the matter with it."""
+    error = problem.errors(include_url=False)[0]
+    key = ".".join(map(str, error["loc"]))
+    return f"{key}: {error['msg']} (got {str(error['input'])[:80]!r})"
+
+
 def shape_of(case: Case) -> dict[str, int]:
     """Give the `shape` of a case's rows, derived sizes included."""
     layout = case.layout
-    return {key: getattr(layout, key) for key in ("world", "pp", "tp", "dp", "ep", "etp", "edp")}
+    return {key: getattr(layout, key) for key in _SHAPE}
 
 
 def engine_of(case: Case) -> dict[str, Any]:
@@ -188,46 +212,95 @@ def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return cases
 
 
+class _Selected(BaseModel):
+    """What readers of `selection` in run.json rely on."""
+
+    selectors: tuple[str, ...] = ()
+    suite: str | None = None
+    cases: str | None = None
+    implementation: str | None = None
+    device: str | None = None
+    files: dict[str, str] | None = None
+    is_given: bool = False
+
+
+class _About(BaseModel):
+    """What readers of run.json rely on; a key that is missing has its default there."""
+
+    id: str | None = None
+    commit: str | None = None
+    command: str | None = None
+    state: str | None = None
+    started: datetime | None = None
+    selection: _Selected | None = None
+    versions: dict[str, str | None] | None = None
+    definitions: dict[str, str] | None = None
+    seconds: dict[str, Any] | None = None
+    devices: dict[str, Any] | None = None
+    environment: dict[str, str] | None = None
+
+
 class RunDirectory:
     """One run on disk: results.jsonl and run.json, and the reports made of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = FileLock(path / LOCK, thread_local=False)
 
     @classmethod
     def create(cls, out: Path | None = None, *, root: Path, commit: str) -> RunDirectory:
-        """Make a run directory: `out`, else `<root>/<timestamp>-<commit>`.
+        """Make a run directory, `out`, else `<root>/<timestamp>-<commit>`, and hold it.
 
         Raises:
-            UsageError: it holds results already, or cannot be written.
+            UsageError: it holds results already, cannot be written, or another process writes it.
         """
-        try:
-            if out is None:
-                return cls(_fresh(root, commit))
-            out.mkdir(parents=True, exist_ok=True)
-            if (out / RESULTS).exists():
+        with writing(out or root):
+            if out is not None:
+                out.mkdir(parents=True, exist_ok=True)
+            made = cls(_fresh(root, commit) if out is None else out)
+            made.hold()
+            if made.results.exists():
+                made.release()
                 raise UsageError(f"--out {out}: holds results already, go on with --resume {out}")
-            (out / RESULTS).touch()
-        except OSError as problem:
-            raise UsageError(f"cannot write {out or root}: {problem.strerror}") from None
-        return cls(out)
+            made.results.touch()
+        return made
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
-        """Open an existing run directory.
+        """Open an existing run directory; a link is followed once, for it may move on.
 
         Raises:
             UsageError: there are no results in it.
         """
         if not (path / RESULTS).is_file():
             raise UsageError(f"{path}: no run directory, it has no {RESULTS}")
-        return cls(path)
+        return cls(path.resolve() if path.is_symlink() else path)
+
+    def hold(self) -> None:
+        """Keep every other process from writing here, until `release` or the end of this one.
+
+        Raises:
+            UsageError: another process does already, or nobody can.
+        """
+        with writing(self.path):
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                text = "is being written by another run: wait for it, or write elsewhere (--out)"
+                raise UsageError(f"{self.path} {text}") from None
+
+    def release(self) -> None:
+        """Let others write here; the lock leaves no file, whoever waits for it sees that."""
+        if self._lock.is_locked:
+            (self.path / LOCK).unlink(missing_ok=True)
+        self._lock.release()
 
     def discard(self) -> None:
         """Remove a directory in which nothing was recorded; anything else in it stays."""
         if self.results.stat().st_size == 0:
             for name in (RESULTS, RUN):
                 (self.path / name).unlink(missing_ok=True)
+            self.release()
             with contextlib.suppress(OSError):
                 self.path.rmdir()
 
@@ -250,10 +323,10 @@ class RunDirectory:
             UsageError: a whole line is not a row.
         """
         rows: list[Row] = []
-        lines = self.results.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = self.results.read_bytes().split(b"\n")[:-1]
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(Row.from_json(line))
+                rows.append(Row.from_json(line.decode()))
             except (ValueError, UsageError) as problem:
                 raise UsageError(f"{self.results}:{number}: {problem}") from None
         return rows
@@ -268,7 +341,7 @@ class RunDirectory:
         Returns:
             The rows that stay.
         """
-        whole = self.results.read_text(encoding="utf-8").endswith("\n")
+        whole = self.results.read_bytes().endswith(b"\n")
         cases = by_case(self.rows())
         if not whole and cases:  # the cut line may belong to the case of the line before it
             cases.popitem()
@@ -290,11 +363,23 @@ class RunDirectory:
         _replace(self.path / RUN, json.dumps(_strict(run), indent=2, allow_nan=False) + "\n")
 
     def run(self) -> dict[str, Any]:
-        """Read run.json; empty where a crash or another tool left none."""
-        with contextlib.suppress(OSError, ValueError):
-            run = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-            return run if isinstance(run, dict) else {}
-        return {}
+        """Read run.json; empty where a crash or another tool left none.
+
+        Raises:
+            UsageError: what is there is no record of a run.
+        """
+        path = self.path / RUN
+        try:
+            run = json.loads(path.read_bytes())
+            _About.model_validate(run)
+        except FileNotFoundError:
+            return {}
+        except ValidationError as problem:
+            raise UsageError(f"{path}: no record of a run: {_first(problem)}") from None
+        except (OSError, ValueError) as problem:
+            raise UsageError(f"{path}: cannot be read: {problem}") from None
+        record: dict[str, Any] = run
+        return record
 
     def link_latest(self) -> None:
         """Point `latest` beside this directory at it; a real file of that name is left alone."""
@@ -319,12 +404,11 @@ def _fresh(root: Path, commit: str) -> Path:
         except FileExistsError:
             number += 1
             continue
-        (path / RESULTS).touch()
         return path
 
 
 def _replace(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
     fresh = path.with_name(f".{path.name}-{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
+    fresh.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate, too
     fresh.replace(path)

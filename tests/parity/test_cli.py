@@ -23,6 +23,7 @@ from parity.store import Row, RunDirectory, by_case
 from tests.parity.example_rows import FakeJudge, passing, row, scaled
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+TRAINER = "examples.two_rank_mlp:TwoRankMLP"
 FOUR = "w4-tp2-ep4-gas2-*[px]-[as]*"
 
 
@@ -165,11 +166,11 @@ def test_the_judge_is_asked_in_gang_order_with_the_options() -> None:
     """Ranks are opened once, for the first case, with implementation and device."""
     judge = FakeJudge()
     done = parity(
-        "run", "w8-tp2-ep4-steps2-*", "w4-tp2-ep4-steps2-*", "--implementation", "my.module:Mine",
+        "run", "w8-tp2-ep4-steps2-*", "w4-tp2-ep4-steps2-*", "--implementation", TRAINER,
         "--device", "cuda", "--out", "out", judge=judge,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert judge.opened == [("my.module:Mine", "cuda", "w4-tp2-ep4-steps2-adam-fp32", 32)]
+    assert judge.opened == [(TRAINER, "cuda", "w4-tp2-ep4-steps2-adam-fp32", 32)]
     assert [name[:2] for name in judge.seen] == ["w4", "w4", "w8", "w8"]
     assert not judge.is_open
 
@@ -177,11 +178,59 @@ def test_the_judge_is_asked_in_gang_order_with_the_options() -> None:
 def test_a_failing_case_ends_with_its_rerun_command(folder: Path) -> None:
     """The command runs just that case, with what is not default."""
     judge = FakeJudge({"": scaled})
-    done = parity("run", FOUR, "--implementation", "m:A", judge=judge)
-    assert "  rerun: parity run w4-tp2-ep4-gas2-aux-sgd-fp32 --implementation m:A\n" in done.stdout
+    done = parity("run", FOUR, "--implementation", TRAINER, judge=judge)
+    assert (
+        f"  rerun: parity run w4-tp2-ep4-gas2-aux-sgd-fp32 --implementation {TRAINER}\n"
+        in done.stdout
+    )
     (folder / "own case.toml").write_text('suite = "s"\n[[case]]\nshape.world = 2\n')
     done = parity("run", "own case.toml", judge=judge)
     assert "  rerun: parity run 'own case.toml::w2-sgd-fp32'\n" in done.stdout
+
+
+def test_a_rerun_is_of_the_same_implementation(folder: Path) -> None:
+    """What the case's file names needs no word, what was asked for in its place does."""
+    judge = FakeJudge({"": scaled})
+    text = f'suite = "s"\nimplementation = "{TRAINER}"\n[[case]]\nshape.world = 2\n'
+    (folder / "own.toml").write_text(text)
+    done = parity("run", "own.toml", judge=judge)
+    assert "  rerun: parity run own.toml::w2-sgd-fp32\n" in done.stdout
+    done = parity("run", "own.toml", "--implementation", "fold_impl", "--out", "out", judge=judge)
+    command = "  rerun: parity run own.toml::w2-sgd-fp32 --implementation fold_impl\n"
+    assert command in done.stdout
+    assert command in parity("report", "out").stdout
+    assert [opened[0] for opened in judge.opened] == [TRAINER, "fold_impl"]
+
+
+@pytest.mark.parametrize("words", [["run", FOUR], ["explain", "w4-tp2-ep4-gas2-aux-sgd-fp32"]])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nope", "unknown implementation 'nope'; allowed: deepspeed, fold_impl, megatron_core, m"),
+        ("nope.module:X", "No module named 'nope'"),
+        ("json:X", "has no attribute 'X'"),
+        ("json:loads", "lacks build, step"),
+        (":X", "Empty module name"),
+    ],
+)
+def test_an_implementation_is_looked_for_first(
+    folder: Path, words: list[str], name: str, says: str
+) -> None:
+    """No rank starts and no directory is made for what cannot be found."""
+    judge = FakeJudge()
+    done = parity(*words, "--implementation", name, judge=judge)
+    assert (done.exit_code, judge.opened, done.stdout) == (2, [], "")
+    assert says in done.stderr
+    assert not (folder / "reports").exists()
+
+
+def test_a_case_is_explained_as_its_file_says(folder: Path) -> None:
+    """`explain` runs the implementation of the case file, or what the run was of."""
+    text = f'suite = "s"\nimplementation = "{TRAINER}"\n[[case]]\nshape.world = 2\n'
+    (folder / "own.toml").write_text(text)
+    judge = FakeJudge()
+    assert parity("explain", "own.toml", judge=judge).exit_code == 0
+    assert judge.opened[0][0] == TRAINER
 
 
 def test_selections_write_their_rerun_command() -> None:
@@ -206,7 +255,7 @@ def test_rows_are_on_disk_case_by_case(folder: Path) -> None:
 def test_ctrl_c_leaves_a_report_and_can_be_resumed(folder: Path) -> None:
     """What has finished is kept, reported and linked; --resume does the rest, errors again."""
     judge = FakeJudge({"gas2-clip-sgd": interrupt, "gas2-clip-adam": die})
-    done = parity("run", FOUR, "--implementation", "m:A", judge=judge)
+    done = parity("run", FOUR, "--implementation", TRAINER, judge=judge)
     assert done.exit_code == 130
     assert "interrupted" in done.stderr
     latest = folder / "reports" / "latest"
@@ -217,7 +266,7 @@ def test_ctrl_c_leaves_a_report_and_can_be_resumed(folder: Path) -> None:
     done = parity("run", "--resume", str(latest), judge=again)
     assert done.exit_code == 0, done.output
     assert "4 of 4 cells passed" in done.stdout
-    assert again.opened[0][0] == "m:A"
+    assert again.opened[0][0] == TRAINER
     assert sorted(again.seen) == sorted(
         f"w4-tp2-ep4-gas2-{what}-fp32" for what in ("clip-adam", "clip-sgd", "aux-adam", "aux-sgd")
     )

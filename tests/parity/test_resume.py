@@ -77,5 +77,64 @@ def test_a_case_that_changed_is_done_again(folder: Path) -> None:
     killed(folder)
     (folder / "cases" / "cut.toml").write_text(CASES.replace("seed = 1", "seed = 2"))
     judge = FakeJudge()
-    assert parity("run", "--resume", "out", judge=judge).exit_code == 0
+    done = parity("run", "--resume", "out", judge=judge)
+    assert done.exit_code == 0
+    assert "changed since, done again: w1-sgd-fp32, w2-sgd-fp32" in done.stderr
     assert len(judge.seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"commit": "abc123def"}, "commit abc123def then, nocommit now"),
+        ({"versions": {"torch": "1.0.0", "python": None}}, "torch 1.0.0 then, "),
+    ],
+)
+def test_another_program_is_another_run(folder: Path, change: dict[str, Any], says: str) -> None:
+    """Rows of another commit or version get no neighbours, and stay as they are."""
+    out = killed(folder)
+    about = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**about, **change}))
+    rows = (out / "results.jsonl").read_bytes()
+    judge = FakeJudge()
+    done = parity("run", "--resume", "out", judge=judge)
+    assert (done.exit_code, judge.opened) == (2, [])
+    assert "out cannot be resumed: " in done.stderr
+    assert says in done.stderr
+    assert "start a new run" in done.stderr
+    assert (out / "results.jsonl").read_bytes() == rows
+
+
+def test_without_its_record_a_run_is_not_resumed(folder: Path) -> None:
+    """What was asked for stands in run.json: without it nothing is guessed."""
+    out = killed(folder)
+    (out / "run.json").write_text("{")
+    judge = FakeJudge()
+    done = parity("run", "--resume", "out", judge=judge)
+    assert (done.exit_code, judge.opened) == (2, [])
+    assert "out/run.json: cannot be read" in done.stderr
+    (out / "run.json").unlink()
+    done = parity("run", "--resume", "out", judge=judge)
+    assert (done.exit_code, judge.opened) == (2, [])
+    assert "out/run.json: missing" in done.stderr
+
+
+def test_latest_can_be_resumed(folder: Path) -> None:
+    """The link is followed; it points to the run afterwards, not to itself."""
+    assert parity("run", "--suite", "cut", judge=FakeJudge()).exit_code == 0
+    latest = folder / "reports" / "latest"
+    run = latest.resolve()
+    assert parity("run", "--resume", "reports/latest", judge=FakeJudge()).exit_code == 0
+    assert latest.readlink() == Path(run.name)
+
+
+def test_a_run_that_goes_on_is_not_resumed(folder: Path) -> None:
+    """Two processes never write one directory."""
+    out = killed(folder)
+    writer = RunDirectory.open(out)
+    writer.hold()
+    done = parity("run", "--resume", "out", judge=FakeJudge())
+    assert done.exit_code == 2
+    assert "out is being written by another run" in done.stderr
+    writer.release()
+    assert parity("run", "--resume", "out", judge=FakeJudge()).exit_code == 0

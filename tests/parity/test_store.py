@@ -109,9 +109,14 @@ def test_a_line_cut_off_is_no_row(run: RunDirectory, case: Case) -> None:
 def test_a_bad_line_is_refused_by_number(run: RunDirectory, case: Case) -> None:
     """A whole line that is no row names file and line."""
     run.append(passing(case)[:1])
-    for bad in ("{", "[]", '{"schema": 2}', '{"schema": 1}'):
-        text = run.results.read_text().splitlines()[0]
-        run.results.write_text(f"{text}\n{bad}\n")
+    text = run.results.read_text().splitlines()[0]
+    good = json.loads(text)
+    changed: list[dict[str, Any]]
+    changed = [{"verdict": "ok"}, {"shape": None}, {"shape": {}}, {"error": "x"}, {"causes": 1}]
+    bads = ["{", "[]", '{"schema": 2}', '{"schema": 1}', '{"schema": "\udcff"}']
+    for bad in [*bads, *(json.dumps({**good, **change}) for change in changed)]:
+        whole = f"{text}\n{bad}\n"
+        run.results.write_bytes(whole.encode(errors="surrogateescape"))
         with pytest.raises(UsageError, match=r"results\.jsonl:2: "):
             run.rows()
 
@@ -150,7 +155,7 @@ def test_a_real_file_named_latest_is_left_alone(tmp_path: Path) -> None:
 
 def test_results_are_never_mixed(tmp_path: Path) -> None:
     """A directory with results is refused as the target of another run."""
-    RunDirectory.create(tmp_path / "run", root=tmp_path, commit="abc")
+    RunDirectory.create(tmp_path / "run", root=tmp_path, commit="abc").release()
     with pytest.raises(UsageError, match="holds results already, go on with --resume"):
         RunDirectory.create(tmp_path / "run", root=tmp_path, commit="abc")
     with pytest.raises(UsageError, match="no run directory"):
@@ -171,10 +176,48 @@ def test_discarding_removes_only_what_is_empty(run: RunDirectory, case: Case) ->
     assert not run.path.exists()
 
 
-def test_run_json_is_strict_and_forgiving(run: RunDirectory) -> None:
-    """run.json holds no NaN, and a missing or broken one reads as empty."""
+def test_run_json_is_strict(run: RunDirectory) -> None:
+    """run.json holds no NaN; a missing one reads as empty, what is none is refused by file."""
     assert run.run() == {}
-    run.write_run({"seconds": math.nan, "path": Path("x")})
-    assert run.run() == {"seconds": "nan", "path": "x"}
-    (run.path / "run.json").write_text("{")
-    assert run.run() == {}
+    run.write_run({"seconds": {"total": math.nan}, "path": Path("x")})
+    assert run.run() == {"seconds": {"total": "nan"}, "path": "x"}
+    for text, says in {
+        "{": "cannot be read",
+        "[]": "no record of a run",
+        '{"selection": "x"}': "selection: Input should be",
+        '{"selection": {"files": ["x"]}}': "selection.files: Input should be",
+        '{"started": "yesterday"}': "started: Input should be",
+        '{"versions": 3}': "versions: Input should be",
+    }.items():
+        (run.path / "run.json").write_text(text)
+        with pytest.raises(UsageError, match=rf"run\.json: .*{says}"):
+            run.run()
+
+
+def test_one_process_writes_a_directory(run: RunDirectory, case: Case) -> None:
+    """Whoever comes second is told so, until the first one is done; reading is free."""
+    run.append(passing(case))
+    other = RunDirectory.open(run.path)
+    with pytest.raises(UsageError, match="is being written by another run"):
+        other.hold()
+    with pytest.raises(UsageError, match="is being written by another run"):
+        RunDirectory.create(run.path, root=run.path.parent, commit="abc")
+    assert other.rows() == passing(case)
+    run.release()
+    other.hold()
+
+
+def test_a_link_is_followed_once(tmp_path: Path) -> None:
+    """What was opened by `latest` is its run, and linking it again links no link to itself."""
+    run = RunDirectory.create(root=tmp_path, commit="abc")
+    run.link_latest()
+    opened = RunDirectory.open(tmp_path / "latest")
+    opened.link_latest()
+    assert opened.path == run.path.resolve()
+    assert (tmp_path / "latest").readlink() == Path(run.path.name)
+
+
+def test_text_that_is_no_text_is_written(run: RunDirectory) -> None:
+    """A lone surrogate in a message is shown by its number."""
+    run.write("report.md", "a \ud800 b")
+    assert (run.path / "report.md").read_text() == "a \\ud800 b"

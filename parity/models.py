@@ -10,7 +10,7 @@ Shapes: B sequences, S tokens each, T = B*S, H hidden, E experts, F expert width
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from parity import case as cases
 from parity import hugging_face
 from parity.hugging_face import Gate, HuggingFace
+from parity.implementation import Family
 
 TIED_SCALE = 0.05
 """Size of the last norm's weight where the embedding is the head: at 1 the logits reach 60, a token
@@ -316,6 +317,27 @@ def preset(spec: cases.Model) -> dict[str, Any]:
         "row": [r"attention\.o", r"mlp\.w2", r"shared\.w2"],
         "regions": [r"layers\.\d+\.attention", r"layers\.\d+\.mlp", r"moe\.shared"],
     }
+
+
+_FAMILIES: tuple[tuple[str, Family], ...] = (
+    ("norm", "layernorm"),
+    ("router", "router"),
+    ("experts", "expert"),
+    ("shared", "shared_expert"),
+    ("attention", "attention"),
+    ("embedding", "embedding"),
+)
+"""Part of a parameter's name in the tiny model -> family; what has none is dense."""
+LINEARS: Mapping[Family, str] = {
+    "attention": r"\.(attention|self_attn)\.\w+\.weight$(?<!norm\.weight)",
+    "dense": r"\.mlp\.(w[123]|(gate|up|down)_proj)\.weight$",
+}
+"""Family -> names of its matrices in the blocks of any model, of which tp is to cut some."""
+
+
+def family_of(name: str) -> Family:
+    """Give the family of a parameter of the tiny model."""
+    return next((family for part, family in _FAMILIES if part in name), "dense")
 
 
 def structural_zeros(spec: cases.Model, auxiliary: cases.Auxiliary) -> frozenset[str]:

@@ -1,39 +1,39 @@
-"""Whether a run is the run a case asks for: parameters handed over, dense weights really cut, steps
-that begin where they must.
+"""Whether a run is the run a case asks for: parameters handed over under their own families, dense
+weights really cut, steps that begin where they must.
 
 Owns the failing rows of what is wrong before any gradient is compared. Must not know thresholds.
-Easy to get wrong: with nothing sharded over tp every row passes, and nothing was tested; and the
+Easy to get wrong: with nothing sharded over tp every row passes, and nothing was tested, so what
+must be cut follows from the model's names and never from what is declared of them; and the
 reference steps from the run's own weights, so a run that changes them on the sly is right about
 them.
 """  # noqa: D205
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from parity import models
 from parity.case import Case
 from parity.collect import Assembled
 from parity.compare import Metrics, RowContext, make_row, metrics
-from parity.implementation import Family, Placement
+from parity.implementation import Placement
 from parity.layout import Layout
 from parity.store import Row
-
-SHARDED: tuple[Family, ...] = ("attention", "dense")
-"""Families of which some weight must be cut over tp wherever tp > 1."""
 
 
 def structure_rows(
     context: RowContext,
     case: Case,
-    expected: Iterable[str],
+    expected: Collection[str],
     placements: Mapping[str, Placement],
     layout: Layout,
 ) -> list[Row]:
-    """Fail what the implementation did not hand over, and families it did not shard.
+    """Fail what was not handed over, declared under another family, or not sharded.
 
     Args:
         context: what the rows share.
@@ -47,16 +47,32 @@ def structure_rows(
         for name in expected
         if name not in placements
     ]
+    if case.model.name == "tiny":
+        rows += _mistaken(context, placements)
     adapter = case.engine.options.get("adapter", {})
     if layout.tp == 1 or adapter.get("partition") == "skip":
         return rows
-    cut = {p.family for p in placements.values() if any(s.axis == "tp" for s in p.shards)}
-    present = {placement.family for placement in placements.values()}
-    for family in SHARDED:
-        if family in present and family not in cut and _has_linears(case, family):
+    for family, pattern in models.LINEARS.items():
+        linears = [name for name in expected if re.search(pattern, name)]
+        if linears and not any(_is_cut(placements.get(name)) for name in linears):
             said = f"no {family} weight is sharded over tp = {layout.tp}"
             rows.append(_failing(context, family, None, said))
     return rows
+
+
+def _mistaken(context: RowContext, placements: Mapping[str, Placement]) -> list[Row]:
+    """Fail families that are not the model's: rows are grouped, and causes found, by family."""
+    rows = []
+    for name, placement in placements.items():
+        own = models.family_of(name)
+        if placement.family != own:
+            said = f"declared as {placement.family} by placements(), in the model it is {own}"
+            rows.append(_failing(context, own, name, said))
+    return rows
+
+
+def _is_cut(placement: Placement | None) -> bool:
+    return placement is not None and any(shard.axis == "tp" for shard in placement.shards)
 
 
 def weight_rows(
@@ -91,11 +107,6 @@ def weight_rows(
             )
         expected, said = after.filled, f"is not what step {number} left"
     return rows
-
-
-def _has_linears(case: Case, family: Family) -> bool:
-    """Mixtral's only dense weights beside attention are the replicated head's."""
-    return family != "dense" or case.model.name != "mixtral"
 
 
 def _failing(context: RowContext, family: str | None, tensor: str | None, said: str) -> Row:

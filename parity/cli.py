@@ -8,6 +8,7 @@ that of everything in its directory, the rows of a resumed run included.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +35,13 @@ from parity.case_files import (
     run_order,
     select,
 )
-from parity.errors import NothingSelectedError, ParityError, UsageError
+from parity.errors import (
+    InfrastructureError,
+    NothingSelectedError,
+    ParityError,
+    UsageError,
+    writing,
+)
 from parity.fingerprint import commit
 from parity.known import Assessment, FailOn, KnownFindings, assess
 from parity.known import load as load_known
@@ -69,7 +77,10 @@ _ELSEWHERE = MappingProxyType({
 
 
 class _Commands(click.Group):
-    """Group that ends with the exit code of our own errors, and with their message alone."""
+    """Group that ends with the exit code of our own errors, and with their message alone.
+
+    Whatever else is raised says nothing about parity: it is 3, with a traceback if it is a defect.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), *_ELSEWHERE])
@@ -81,11 +92,26 @@ class _Commands(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # a message may hold what is no text
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except ParityError as error:
             click.echo(f"parity: {error}", err=True)
-            ctx.exit(error.exit_code)
+            code = error.exit_code
+        except KeyboardInterrupt:
+            click.echo("parity: interrupted", err=True)
+            code = INTERRUPTED
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except OSError as error:
+            click.echo(f"parity: {error}", err=True)
+            code = InfrastructureError.exit_code
+        except Exception:
+            click.echo(f"parity: a defect of the harness\n{traceback.format_exc()}", err=True)
+            code = InfrastructureError.exit_code
+        ctx.exit(code)
 
 
 folder_option = click.option(
@@ -361,7 +387,8 @@ def _print_github(
     click.echo(tables.headline(rows, known))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         report = (directory.path / "report.md").read_text(encoding="utf-8")
-        with open(summary, "a", encoding="utf-8") as file:
+        name = f"GITHUB_STEP_SUMMARY={summary}"
+        with writing(name), open(summary, "a", encoding="utf-8") as file:
             file.write(github.summary(report))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parity.errors import UsageError
+from parity.errors import UsageError, writing
 from parity.report import tables
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def compare(
     if out is None:
         click.echo(text, nl=False)
     else:
-        out.write_text(text, encoding="utf-8")
+        with writing(f"--out {out}"):
+            out.write_text(text, encoding="utf-8", errors="backslashreplace")
         click.echo(found.headline)
     ctx.exit(found.exit_code(fail_on_margin=fail_on_margin))
 
@@ -145,7 +146,8 @@ def _retain(runs: Sequence[PastRun], keep: int, is_deleting: bool) -> None:
     for run in gone:
         click.echo(str(run.directory))
     if is_deleting:
-        past.delete(gone)
+        with writing("what may go"):
+            past.delete(gone)
     done = "removed" if is_deleting else "would be removed (--delete does it)"
     click.echo(f"{len(gone)} of {len(runs)} runs {done}", err=True)
 

@@ -26,7 +26,7 @@ from parity.case_files import (
     parse_file,
     select,
 )
-from parity.errors import UsageError
+from parity.errors import UsageError, writing
 from parity.fingerprint import cores, devices, versions
 from parity.report import tables
 from parity.session import DEFAULT_IMPLEMENTATION, MAX_LIVE_RANKS, open_judge
@@ -129,11 +129,13 @@ def calibrate(
     from parity import calibrate as calibration
 
     cases = [c for c in select(suite=suite, folder=folder) if c.engine.name == "native"]
+    with writing(f"--out {out}"):  # before hours of runs, not after
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a", encoding="utf-8").close()
     with open_judge(implementation, "cpu", cases[0], max_live_ranks=MAX_LIVE_RANKS) as judge:
         say = functools.partial(click.echo, err=True)
         found = calibration.calibrate(runs, cases, judge, say)
     command = f"parity calibrate --runs {runs} --suite {suite}"
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(calibration.render(found, command, _machine()), encoding="utf-8")
     click.echo(f"report: {out}")
     ctx.exit(0 if calibration.holds(found) else 1)

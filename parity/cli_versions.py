@@ -23,6 +23,7 @@ from parity.case_files import DEFAULT_SUITE, select
 from parity.cli import INTERRUPTED, terminate_as_interrupt
 from parity.cli_reports import complete_suites
 from parity.environments import InstallationError, pinned, prepare, versions_of
+from parity.errors import writing
 from parity.known import FailOn, KnownFindings, load
 from parity.session import Selection
 
@@ -81,6 +82,8 @@ def versions(
         cache=cache or _cache(), fail_on=fail_on,
         known_file=known_file, listed=listed, is_quiet=quiet,
     )  # fmt: skip
+    with writing(f"--out {asked.out}"):  # before hours of runs, not after
+        asked.out.mkdir(parents=True, exist_ok=True)
     columns: list[matrix.Column] = []
     with terminate_as_interrupt():
         for requirement in wanted:
@@ -92,7 +95,6 @@ def versions(
     about = (wanted[0].name, command)
     table = matrix.markdown(columns, *about)
     document = json.dumps(matrix.to_dict(columns, *about, code), indent=1) + "\n"
-    asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "versions.md").write_text(table, encoding="utf-8")
     (asked.out / "versions.json").write_text(document, encoding="utf-8")
     click.echo(document if style == "json" else table, nl=False)

@@ -7,13 +7,14 @@ needs it. Easy to get wrong: exit code 0 promises that *every* fault was killed 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from parity.case_files import select
-from parity.errors import UsageError
+from parity.errors import InfrastructureError, UsageError, writing
 
 if TYPE_CHECKING:
     from parity.faults.catalogue import Fault
@@ -64,10 +65,14 @@ def run(
 ) -> None:
     """Run faults on the smallest sets of cases that must show them, and write the kill matrix.
 
-    Exit code 0: every fault was killed and its true cause is in the printed set; 1 otherwise.
+    Exit code 0: every fault was killed and its true cause is in the printed set; 3 where a case
+    ended in an error, which tells nothing; 1 otherwise.
     """
     chosen = _chosen(ids)
     cases = select((), suite=suite, folder=folder)
+    with writing(f"--out {out}"):  # before hours of faults, not after
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     from parity.faults import runs
 
     with runs.open_judge() as judge:
@@ -78,7 +83,9 @@ def run(
             click.echo(_complaint(entry))
     click.echo(runs.headline(entries))
     click.echo(f"report: {out / 'faults.md'}")
-    ctx.exit(0 if all(entry.killed and entry.diagnosed for entry in entries) else 1)
+    held = all(entry.killed and entry.diagnosed for entry in entries)
+    errored = any(entry.errored for entry in entries)
+    ctx.exit(InfrastructureError.exit_code if errored else 0 if held else 1)
 
 
 def _chosen(ids: tuple[str, ...]) -> list[Fault]:
@@ -91,12 +98,14 @@ def _chosen(ids: tuple[str, ...]) -> list[Fault]:
 
 
 def _progress(entry: Entry) -> None:
-    said = "killed" if entry.killed else "SURVIVED"
+    said = "killed" if entry.killed else "ERROR" if entry.errored else "SURVIVED"
     told = "diagnosed" if entry.diagnosed else "not diagnosed"
     click.echo(f"{said:8} {told:13} {entry.id} {entry.seconds:.1f} s", err=True)
 
 
 def _complaint(entry: Entry) -> str:
+    if entry.errored:
+        return f"{entry.id}: nothing is known: {', '.join(entry.errored)}"
     if not entry.killed:
         where = ", ".join(entry.survived) or "no case of the suite can show it"
         return f"{entry.id} survived: {where}"

@@ -98,12 +98,15 @@ class Entry:
     detectors: dict[str, bool]
     cases: tuple[str, ...]
     survived: tuple[str, ...] = ()
-    """Cases that should have shown it and did not, or ended in an error."""
+    """Cases that should have shown it and did not."""
+    errored: tuple[str, ...] = ()
+    """Cases that ended in an error, and which: of them nothing is known."""
     variants: tuple[Entry, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         """Give the entry as plain values."""
-        return {k: v for k, v in asdict(self).items() if v or k not in ("variants", "survived")}
+        unless_empty = ("variants", "survived", "errored")
+        return {k: v for k, v in asdict(self).items() if v or k not in unless_empty}
 
 
 def choose(fault: Fault, cases: Iterable[Case]) -> list[Case]:
@@ -156,21 +159,22 @@ def run_faults(
 
 def _run(fault: Fault, cases: Sequence[Case], judge: Judge) -> Entry:
     start = time.perf_counter()
-    chosen, survived = choose(fault, cases), []
+    chosen = choose(fault, cases)
     seen: list[Seen] = []
+    errored: list[str] = []
     for case in chosen:
         try:
             seen.append(observe(fault, case, judge))
         except Exception as error:  # whatever a fault breaks, the others are still run
-            survived.append(f"{case.id}: {type(error).__name__}: {error}")
+            errored.append(f"{case.id}: {type(error).__name__}: {error}")
     causes = diagnose(seen)
-    survived += [
+    survived = [
         s.made_of.case.id for s in seen
         if not DETECTORS["ours"](s) and (s.optimizer not in HIDES or s is seen[0])
     ]  # fmt: skip
     return Entry(
         id=fault.id,
-        killed=bool(seen) and not survived,
+        killed=bool(seen) and not survived and not errored,
         killed_by=_killers(seen),
         causes=causes,
         true_cause=fault.true_cause,
@@ -180,6 +184,7 @@ def _run(fault: Fault, cases: Sequence[Case], judge: Judge) -> Entry:
         detectors={name: any(map(sees, seen)) for name, sees in DETECTORS.items()},
         cases=tuple(case.id for case in chosen),
         survived=tuple(survived),
+        errored=tuple(errored),
     )
 
 
@@ -241,6 +246,7 @@ def _merged(each: Sequence[Entry]) -> Entry:
         detectors=first.detectors,
         cases=union(e.cases for e in each),
         survived=union(e.survived for e in each),
+        errored=union(e.errored for e in each),
         variants=tuple(each),
     )
 

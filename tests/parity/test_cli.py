@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -157,6 +158,100 @@ def test_an_unknown_implementation_leaves_no_directory(folder: Path) -> None:
         2, "parity: no implementation 'x'; allowed: fold_impl\n",
     )  # fmt: skip
     assert list((folder / "reports").iterdir()) == []
+
+
+def full(*_anything: object) -> None:
+    """Fill the disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_infrastructure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 3 in one line, never 1, which would be a finding."""
+    parity("run", FOUR, "--out", "a", judge=FakeJudge())
+    done = parity("compare", "a", "a", "--out", "/dev/full")
+    assert (done.exit_code, done.stderr) == (
+        3, "parity: cannot write --out /dev/full: No space left on device\n",
+    )  # fmt: skip
+    monkeypatch.setattr(RunDirectory, "append", full)
+    done = parity("run", FOUR, judge=FakeJudge())
+    assert (done.exit_code, done.stderr) == (3, "parity: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["compare", "a", "a", "--out", "/proc/x/y"], "cannot write --out /proc/x/y: "),
+        (["faults", "run", "--out", "/proc/x/y"], "cannot write --out /proc/x/y: "),
+        (["calibrate", "--out", "/proc/x/y"], "cannot write --out /proc/x/y: "),
+        (["versions", "a==1", "--out", "/proc/x/y"], "cannot write --out /proc/x/y: "),
+        (["report", "a", "--format", "github"], "cannot write GITHUB_STEP_SUMMARY=/proc/x/y: "),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_usage(
+    words: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2, and before anything ran that takes time."""
+    parity("run", FOUR, "--out", "a", judge=FakeJudge())
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "/proc/x/y")
+    done = parity(*words)
+    assert (done.exit_code, done.stderr[: len(says) + 8]) == (2, f"parity: {says}")
+
+
+@pytest.mark.parametrize("words", [["report", "a"], ["compare", "a", "a"], ["history", "a"]])
+@pytest.mark.parametrize(
+    ("file", "damage", "says"),
+    [
+        ("results.jsonl", b'{"schema": 1, "case": "\xff"}', "a/results.jsonl:1: "),
+        ("results.jsonl", b'{"schema": 1, "verdict": "ok"}', "a/results.jsonl:1: "),
+        ("run.json", b'{"selection": "x"}', "a/run.json: no record of a run: selection: "),
+        ("run.json", b'{"started": "yesterday"}', "a/run.json: no record of a run: started: "),
+    ],
+)
+def test_damage_is_named_by_file(
+    folder: Path, words: list[str], file: str, damage: bytes, says: str
+) -> None:
+    """Exit code 2, with the line where there are lines."""
+    parity("run", FOUR, "--out", "a", judge=FakeJudge())
+    (folder / "a" / file).write_bytes(damage + b"\n")
+    done = parity(*words)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert says in done.stderr
+
+
+def test_a_defect_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 3 and the traceback."""
+    monkeypatch.setattr(cli, "commit", lambda: 1 // 0)
+    done = parity("run", FOUR, judge=FakeJudge())
+    assert done.exit_code == 3
+    assert "parity: a defect of the harness\nTraceback" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_ctrl_c_is_130_wherever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In explain, and before the first case."""
+    judge = FakeJudge({"": interrupt})
+    done = parity("explain", "w4-tp2-ep4-gas2-aux-sgd-fp32", judge=judge)
+    assert (done.exit_code, done.stderr) == (130, "parity: interrupted\n")
+
+    def pressed() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "commit", pressed)
+    assert parity("run", FOUR, judge=FakeJudge()).exit_code == 130
+
+
+def test_text_that_is_no_text_loses_no_report(folder: Path) -> None:
+    """A lone surrogate in an error's words stands in every report by its number."""
+
+    def strange(case: Case) -> list[Row]:
+        return [Row.of_case(case, "fold_impl", verdict="error", reason="a \ud800 b")]
+
+    done = parity("run", FOUR, "--out", "a", judge=FakeJudge({"clip-sgd": strange}))
+    assert done.exit_code == 3
+    assert "a \\ud800 b" in done.stdout
+    for name in ("report.md", "report.html", "ctrf.json"):
+        assert "ud800" in (folder / "a" / name).read_text(), name
+    assert 'errors="1"' in (folder / "a" / "junit.xml").read_text()  # XML has no number for it
 
 
 # --- run: what it does --------------------------------------------------------------------------

@@ -312,7 +312,8 @@ def test_a_case_that_breaks_kills_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(runs, "observe", broken)
     (found,) = runs.run_faults([BY_ID["router-skip"]], suite(), judge=judge())
     assert (found.killed, found.diagnosed, found.causes) == (False, False, ())
-    assert "no such buffer" in found.survived[0]
+    assert "no such buffer" in found.errored[0]
+    assert found.survived == ()
 
 
 def test_a_fault_without_a_case_is_not_killed() -> None:
@@ -357,6 +358,18 @@ def test_the_command_exits_1_where_a_fault_survives(
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 1
     assert "f survived: w4" in result.output
+
+
+def test_the_command_exits_3_where_a_case_errored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that died says nothing about a fault: it neither survived nor was it killed."""
+    lost = entry(killed=False, diagnosed=False, errored=("w4: rank 1 died",), causes=())
+    monkeypatch.setattr(runs, "run_faults", lambda *_args, **_options: [lost])
+    args = ["faults", "run", "--cases", str(folder), "--out", str(folder)]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 3
+    assert "f: nothing is known: w4: rank 1 died" in result.output
 
 
 def test_the_command_refuses_an_unknown_fault(tmp_path: Path) -> None:

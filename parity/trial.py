@@ -51,7 +51,7 @@ class Checkpoint:
     after: int
     """Steps before the save."""
     loads: bool
-    """Begin there, from a model with other weights, instead of saving there."""
+    """Begin there, from other weights and another learning rate, instead of saving there."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,9 @@ def config(order: Order) -> dict[str, Any]:
 
 def _optimizer(order: Order) -> dict[str, Any]:
     spec = order.case.optimizer
-    options: dict[str, Any] = {"lr": order.lr, "weight_decay": spec.weight_decay}
+    loads = order.checkpoint is not None and order.checkpoint.loads
+    lr = 2 * order.lr if loads else order.lr  # the saved one must come back
+    options: dict[str, Any] = {"lr": lr, "weight_decay": spec.weight_decay}
     if spec.name == "momentum":
         options["momentum"] = spec.momentum
     if spec.name in ("adam", "adamw", "lion"):

@@ -21,7 +21,7 @@ Signature = Literal[
     "dense_summed",
     "altered", "rows", "etp_rows", "swapped", "zeroed",
     "routing", "routing_lanes",
-    "norm_high", "norm_low", "clip", "update", "idle", "checkpoint", "resume",
+    "norm_high", "norm_low", "clip", "update", "idle", "checkpoint", "resume", "progress",
     "not_finite", "unknown_factor", "unknown",
 ]  # fmt: skip
 """How a cause shows; `parity.explain` has one matcher for each."""
@@ -482,6 +482,10 @@ _STEP = (
     Cause(
         "checkpoint-optimizer-stale", "resume",
         "weights come back and optimizer state does not, or that of another layout does",
+    ),
+    Cause(
+        "resume-progress-lost", "progress",
+        "weights and optimizer state come back; a counter, a schedule or a group's options do not",
     ),
     Cause(
         "not-finite", "not_finite",

@@ -474,11 +474,19 @@ def _is_of_few(row: Row) -> bool:
 
 
 def _checkpoint(_: Cause, o: Observation) -> bool:
-    return any((r.detail or {}).get("kind") != "optimizer" for r in o.bad("checkpoint"))
+    return "parameter" in _kept_kinds(o)
 
 
 def _resume(_: Cause, o: Observation) -> bool:
-    return any((r.detail or {}).get("kind") == "optimizer" for r in o.bad("checkpoint"))
+    return "optimizer" in _kept_kinds(o)
+
+
+def _progress(_: Cause, o: Observation) -> bool:
+    return _kept_kinds(o) == {"continued"}
+
+
+def _kept_kinds(o: Observation) -> set[str]:
+    return {str((row.detail or {}).get("kind")) for row in o.bad("checkpoint")}
 
 
 def _unknown_factor(_: Cause, o: Observation) -> bool:
@@ -501,7 +509,7 @@ _MATCHERS: Mapping[str, Matcher] = MappingProxyType({
     "etp_rows": _etp_rows, "swapped": _swapped, "zeroed": _zeroed,
     "routing": _routing, "routing_lanes": _routing_lanes, "norm_high": _norm_high,
     "norm_low": _norm_low, "clip": _clip, "update": _update, "idle": _idle,
-    "checkpoint": _checkpoint, "resume": _resume, "not_finite": _not_finite,
+    "checkpoint": _checkpoint, "resume": _resume, "progress": _progress, "not_finite": _not_finite,
     "unknown_factor": _unknown_factor,
     "unknown": _unknown,
 })  # fmt: skip

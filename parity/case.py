@@ -28,7 +28,7 @@ MAX_SEED = 10**9
 """Seeds are spread by factors of 1000 (draws, steps) and must still fit a generator's 64 bits."""
 DAY_S = 86_400.0
 """After which collectives give up by themselves (`parity.rank.NO_TIMEOUT`)."""
-SMALLEST, LARGEST = 1e-20, 1e3
+SMALLEST, LARGEST = 1e-30, 1e3
 """Of factors: outside, float32 overflows or has nothing left, and a right run looks wrong."""
 
 Positive = Annotated[int, Field(ge=1)]

@@ -224,7 +224,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
          "greater than or equal to 0"),
         ("optimizer.momentum = 1.0", "optimizer.momentum", "1.0", "less than 1"),
         ("auxiliary.z_loss = 1e300", "auxiliary.z_loss", "1e+300", "less than or equal to 1000"),
-        ("engine.clip = 1e-300", "engine.clip", "1e-300", "0 (off), 1e-20 and more"),
+        ("engine.clip = 1e-300", "engine.clip", "1e-300", "0 (off), 1e-30 and more"),
         ('steps = 2\ncheckpoint = "reshard:w999999999"', "checkpoint", "'reshard:w999999999'",
          "a world of 1 to 4096"),
         ("engine.options.gradient_clipping = 0.5", "engine.options.gradient_clipping", "0.5",

@@ -399,7 +399,7 @@ def report(rank: int, error: BaseException) -> Raised:
     chain: list[tuple[str, str]] = []
     link: BaseException | None = error
     while link is not None and len(chain) < 20:
-        chain.append((type(link).__name__, str(link)))
+        chain.append((type(link).__name__, _said(link)))
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     frames = traceback.extract_tb(error.__traceback__)
     return Raised(
@@ -410,6 +410,14 @@ def report(rank: int, error: BaseException) -> Raised:
         frames=tuple(Frame(f.filename, f.lineno or 0, f.name) for f in frames),
         refusal=bool(getattr(error, "refusal", False)),
     )
+
+
+def _said(error: BaseException) -> str:
+    """Give the words of an exception, whose class may fail to."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"(its __str__ raised {type(failure).__name__})"
 
 
 # --- the watcher thread ------------------------------------------------------------------------

@@ -136,6 +136,21 @@ def test_suppressed_context_is_left_out() -> None:
     assert report(0, error).chain == (("ValueError", "outer"),)
 
 
+def test_an_exception_that_cannot_say_itself_is_still_reported() -> None:
+    """The rank must not end because an error's own `__str__` fails."""
+
+    class SilentError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    try:
+        raise SilentError
+    except SilentError as error:
+        got = report(0, error)
+    assert got.chain == (("SilentError", "(its __str__ raised RuntimeError)"),)
+    assert "SilentError" in got.traceback
+
+
 def test_refusal_is_known_by_its_attribute() -> None:
     """Any exception class with a true `refusal` is one, no base class is needed."""
 

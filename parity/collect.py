@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parity.errors import ParityError
 from parity.implementation import Placement, Shard
 from parity.layout import Coordinate, Layout
+from parity.protocol import ProtocolError
 
 Key = tuple[int, ...]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -63,14 +63,14 @@ def agree(placements: Sequence[Mapping[str, Placement]]) -> dict[str, Placement]
     """Merge the placements that every rank declared.
 
     Raises:
-        ParityError: two ranks declare one name differently.
+        ProtocolError: two ranks declare one name differently.
     """
     merged: dict[str, Placement] = {}
     first: dict[str, int] = {}
     for rank, table in enumerate(placements):
         for name, placement in table.items():
             if merged.setdefault(name, placement) != placement:
-                raise ParityError(
+                raise ProtocolError(
                     f"{name}: ranks {first[name]} and {rank} disagree on its placement "
                     f"({merged[name]} against {placement}); placements must be equal on every rank"
                 )
@@ -91,7 +91,7 @@ def assemble(
         shards: indexed by rank: full logical name -> that rank's piece, None where it has none.
 
     Raises:
-        ParityError: a rank is missing, a name is unknown, or pieces do not fit together.
+        ProtocolError: a rank is missing, a name is unknown, or pieces do not fit together.
     """
     _check_names(layout, placements, shards)
     coordinates = [layout.coordinate(rank) for rank in range(layout.world)]
@@ -141,7 +141,7 @@ def owner(
         at = layout.coordinate(rank)
         if all(getattr(at, axis) == value for axis, value in wanted.items()):
             return rank
-    raise ParityError(f"no rank holds index {tuple(index)} of a tensor placed as {placement}")
+    raise ProtocolError(f"no rank holds index {tuple(index)} of a tensor placed as {placement}")
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -155,15 +155,15 @@ def _check_names(
     shards: Sequence[Mapping[str, Tensor | None]],
 ) -> None:
     if len(shards) != layout.world:
-        raise ParityError(f"shards of {len(shards)} ranks for a world of {layout.world}")
+        raise ProtocolError(f"shards of {len(shards)} ranks for a world of {layout.world}")
     for rank, table in enumerate(shards):
         unknown = [name for name in table if name not in placements]
         if unknown:
-            raise ParityError(f"rank {rank}: {unknown[0]} has no placement")
+            raise ProtocolError(f"rank {rank}: {unknown[0]} has no placement")
     for name, placement in placements.items():
         axes = [shard.axis for shard in placement.shards]
         if len(set(axes)) != len(axes):
-            raise ParityError(f"{name}: cut twice over one axis ({', '.join(axes)})")
+            raise ProtocolError(f"{name}: cut twice over one axis ({', '.join(axes)})")
 
 
 def _by_coordinate(coordinates: Sequence[Coordinate], axes: Sequence[str]) -> dict[Key, list[int]]:
@@ -184,7 +184,7 @@ def _pieces(
         held = {rank // size for rank in pieces}
         lacking = [r for r in range(layout.world) if r not in pieces and r // size in held]
         if lacking or not held:
-            raise ParityError(f"{name}: not handed over by ranks {lacking or 'of any stage'}")
+            raise ProtocolError(f"{name}: not handed over by ranks {lacking or 'of any stage'}")
     reference: tuple[int, Tensor] | None = None
     for rank, piece in pieces.items():
         if piece is None:
@@ -192,7 +192,7 @@ def _pieces(
         if reference is None:
             reference = rank, piece
         elif piece.shape != reference[1].shape or piece.dtype != reference[1].dtype:
-            raise ParityError(
+            raise ProtocolError(
                 f"{name}: rank {rank} holds {tuple(piece.shape)} {piece.dtype}, rank "
                 f"{reference[0]} holds {tuple(reference[1].shape)} {reference[1].dtype}; "
                 "the pieces of all ranks must be equally large"
@@ -213,7 +213,9 @@ def _join(
         return None
     for shard in placement.shards:
         if shard.dim >= some.dim() or some.shape[shard.dim] % shard.segments:
-            raise ParityError(f"{name}: {shard} does not fit a piece of shape {tuple(some.shape)}")
+            raise ProtocolError(
+                f"{name}: {shard} does not fit a piece of shape {tuple(some.shape)}"
+            )
     parts = {key: _first(pieces, ranks, some) for key, ranks in groups.items()}
     for shard in reversed(placement.shards):
         size = getattr(layout, shard.axis)

@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parity import batches, models
+from parity import batches, models, protocol
 from parity.case import Case
 from parity.implementation import (
     OPTIONAL,
-    Family,
     Implementation,
     Placement,
     RankContext,
     Refusal,
-    Shard,
     find,
 )
 from parity.layout import Layout
@@ -109,7 +107,11 @@ class RankResult:
 
 
 def run(runtime: Any, order: Order) -> RankResult:
-    """Run the trial in this rank; `runtime` is `parity.rank.RankRuntime`."""
+    """Run the trial in this rank; `runtime` is `parity.rank.RankRuntime`.
+
+    Raises:
+        ProtocolError: the implementation gave what no comparison can be made of.
+    """
     case, layout = order.case, order.layout
     dtype = getattr(torch, case.engine.dtype)
     context = RankContext(runtime.rank, layout, runtime.device, runtime.backend, runtime.new_group)
@@ -118,12 +120,18 @@ def run(runtime: Any, order: Order) -> RankResult:
         _plant(implementation, fault)
     loads = order.checkpoint is not None and order.checkpoint.loads
     model = models.build_for(case, order.seed + loads)
+    full = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     implementation.build(model.to(device=runtime.device, dtype=dtype), config(order), context)
     record = implementation.taps(order.taps) if order.taps else {}  # type: ignore[attr-defined]
     steps, kept = _steps(implementation, order, context)
+    placements = protocol.placements(implementation.placements())
+    for step in steps:
+        answers = {"parameters()": (step.before, step.after), "gradients()": (step.gradients,)}
+        for member, pieces in ((m, p) for m, found in answers.items() for p in found):
+            protocol.check_pieces(member, pieces, placements, full, layout)
     weights = {tensor.dtype for tensor in implementation.parameters().values()}
     result = RankResult(
-        placements={n: _own(p) for n, p in implementation.placements().items()},
+        placements=placements,
         steps=steps,
         absent=tuple(name for name in OPTIONAL if not hasattr(implementation, name)),
         taps={name: [_array(t) for t in tensors] for name, tensors in record.items()},
@@ -171,7 +179,7 @@ def _kept(implementation: Implementation, notes: Sequence[str] | None) -> KeptRe
         for key, value in entries.items()
         if value is not None
     }
-    return KeptResult(_arrays(implementation.parameters()), _arrays(state), tuple(notes or ()))
+    return KeptResult(_parameters(implementation), _arrays(state), tuple(notes or ()))
 
 
 def _plant(implementation: Implementation, fault: Planted) -> None:
@@ -208,16 +216,21 @@ def _step(
             for layers in order.replay[step - 1][at.dp]
         ]
         implementation.replay(forced)
-    before = _arrays(implementation.parameters())
-    losses = implementation.step(fed)
+    before = _parameters(implementation)
+    losses = protocol.losses(implementation.step(fed), len(fed))
+    routing = protocol.routing(implementation.routing())
     return StepResult(
         losses=losses,
         before=before,
-        gradients=_arrays(_gradients(implementation)),
-        after=_arrays(implementation.parameters()),
-        grad_norm=getattr(implementation, "grad_norm", _no_norm)(),
-        routing=[[_array(t) for t in layers] for layers in implementation.routing()],
+        gradients=_arrays(protocol.tensors("gradients()", _gradients(implementation))),
+        after=_parameters(implementation),
+        grad_norm=protocol.norm(getattr(implementation, "grad_norm", _no_norm)()),
+        routing=[[_array(t) for t in layers] for layers in routing],
     )
+
+
+def _parameters(implementation: Implementation) -> dict[str, Any]:
+    return _arrays(protocol.tensors("parameters()", implementation.parameters()))
 
 
 def _gradients(implementation: Implementation) -> Mapping[str, Tensor | None]:
@@ -247,13 +260,6 @@ def _arrays(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
     return {name: None if t is None else _array(t) for name, t in tensors.items()}
 
 
-def _own(placement: Any) -> Placement:
-    """Rebuild a structurally equal placement as ours, so that no foreign class travels."""
-    family: Family = placement.family
-    shards = tuple(Shard(s.axis, s.dim, s.segments) for s in placement.shards)
-    return Placement(family, shards)
-
-
 def config(order: Order) -> dict[str, Any]:
     """Write the DeepSpeed-style config of a run."""
     case, layout, engine = order.case, order.layout, order.case.engine
@@ -280,6 +286,8 @@ def config(order: Order) -> dict[str, Any]:
         written["folding"]["preset"] = models.preset(case.model)
     else:
         written["expert_parallel"]["preset_model"] = case.model.name
+    if engine.sequence_parallel_size > 1:
+        written["sequence_parallel_size"] = engine.sequence_parallel_size
     if engine.zero is not None:
         written["zero_optimization"] = {"stage": engine.zero}
     if engine.name == "deepspeed" and engine.dtype == "bfloat16":

@@ -64,11 +64,12 @@ class Fake:
     def placements(self) -> Mapping[str, Any]:
         """Give a placement that is structurally one, of another class."""
         shard = SimpleNamespace(axis="tp", dim=0, segments=2)
-        return {"w": SimpleNamespace(family="dense", shards=[shard])}
+        placed = SimpleNamespace(family="dense", shards=[shard])
+        return {"w": placed, "v": placed}
 
     def parameters(self) -> Mapping[str, Tensor]:
         """Give the memory that the next step overwrites."""
-        return {"w": self.weight}
+        return {"w": self.weight, "v": self.weight}
 
     def gradients(self) -> Mapping[str, Tensor | None]:
         """Give one gradient in bfloat16 and one that is missing."""
@@ -130,7 +131,7 @@ def test_what_travels_is_numpy_and_16_bit_floats_are_float32() -> None:
 def test_placements_become_our_own_and_absent_members_are_named() -> None:
     """No foreign class travels; Fake offers none of the optional members, Full all."""
     result = trial.run(runtime(), order())
-    assert result.placements == {"w": Placement("dense", (Shard("tp", 0, 2),))}
+    assert result.placements == dict.fromkeys("wv", Placement("dense", (Shard("tp", 0, 2),)))
     assert set(result.absent) == {"replay", "taps", "fault_points", "save", "load"}
     assert trial.run(runtime(), order(f"{HERE}:Full")).absent == ()
 
@@ -262,6 +263,17 @@ def test_the_config_is_a_deepspeed_one_with_two_sections_and_ours() -> None:
     )
     assert "zero_optimization" not in config
     assert "bf16" not in config
+    assert "sequence_parallel_size" not in config
+
+
+def test_a_ulysses_size_is_handed_over_and_refused_in_the_implementations_words() -> None:
+    """Not dropped: a case that asks for it is not judged as one that does not."""
+    fields: dict[str, Any] = {"shape.world": 2, "engine.sequence_parallel_size": 2}
+    asked = order("fold_impl", **fields)
+    assert trial.config(asked)["sequence_parallel_size"] == 2
+    with pytest.raises(Exception, match="sequence_parallel_size = 2: Ulysses") as refusal:
+        trial.run(runtime(), asked)
+    assert getattr(refusal.value, "refusal", False)
 
 
 def test_the_baselines_config_has_no_folding_sizes() -> None:

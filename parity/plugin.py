@@ -52,8 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
     plugin = ParityPlugin(config)
     if plugin.suite:
         plugin.collect_suite()
-    if config.getoption("--parity-known"):
-        _ = plugin.listed  # a bad list is refused before anything runs
+    if not hasattr(config, "workerinput"):
+        plugin.check_options()
     config.pluginmanager.register(plugin, "parity-session")
 
 
@@ -145,6 +145,8 @@ class ParityPlugin:
         self._judges: dict[str, Judging] = {}
         self._recorder: Recorder | None = None
         self._files: dict[str, str] = {}
+        self._selectors: tuple[str, ...] = ()
+        self._implementations: set[str] = set()
         self._largest_world = 0
         self._engines: set[str] = set()
         self._started = time.perf_counter()
@@ -163,6 +165,46 @@ class ParityPlugin:
         if not any(self._is_asked(path) for path in self._folder.glob("*.toml")):
             self.config.args.append(str(self._folder))
 
+    def check_options(self) -> None:
+        """Refuse what cannot work before anything is collected; without an option do nothing.
+
+        Raises:
+            pytest.UsageError: as one message.
+        """
+        option = self.config.getoption
+        name, out = option("--parity-implementation"), option("--parity-out")
+        if not (self.suite or name or out or option("--parity-known")):
+            return
+        from parity import registry
+        from parity.errors import UsageError
+        from parity.store import RunDirectory
+
+        try:
+            if self.suite:
+                self._check_suite(self.suite)
+            if name:
+                registry.check(name)
+            if out:
+                RunDirectory.check_free(Path(out))
+        except UsageError as problem:
+            raise pytest.UsageError(str(problem)) from None
+        if option("--parity-known"):
+            _ = self.listed
+
+    def _check_suite(self, name: str) -> None:
+        from parity.case_files import is_case_file, parse_file
+        from parity.errors import CaseError, UsageError
+
+        assert self._folder is not None, "a suite has a folder"
+        asked = (self._path_of(argument) for argument in self.config.args)
+        files = [*self._folder.glob("*.toml"), *(p for p in asked if p.suffix == ".toml")]
+        try:
+            suites = {parse_file(path).suite for path in files if is_case_file(path)}
+        except CaseError:  # a bad file is shown where it is collected
+            return
+        if name not in suites:
+            raise UsageError(f"unknown suite {name!r}; allowed: {', '.join(sorted(suites))}")
+
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> CaseFile | None:
         """Collect a case file if its suite's folder, its own, or the file itself was asked for."""
         if file_path.suffix != ".toml":
@@ -179,17 +221,49 @@ class ParityPlugin:
 
     def _is_asked(self, path: Path) -> bool:
         """Say whether a file, or its folder named `cases`, is among the arguments."""
-        here = self.config.invocation_params.dir
-        given = {(here / argument.partition("::")[0]).resolve() for argument in self.config.args}
+        given = {self._path_of(argument) for argument in self.config.args}
         return path in given or (path.parent.name == "cases" and path.parent in given)
+
+    def _path_of(self, argument: str) -> Path:
+        return (self.config.invocation_params.dir / argument.partition("::")[0]).resolve()
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Note the largest world, which the ranks must have room for, and what they run."""
         cases = [item.case for item in session.items if isinstance(item, CaseItem)]
         self._largest_world = max((case.shape.world for case in cases), default=0)
         self._engines = {case.engine.name for case in cases}
+        self._note(item.nodeid for item in session.items if isinstance(item, CaseItem))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Iterable[str]) -> None:
+        """Note the cases that a worker has collected, in the controller."""
+        self._note(name for name in ids if name.partition("::")[0].endswith(".toml"))
+
+    def _note(self, nodes: Iterable[str]) -> None:
+        """Note cases as `parity run` would be told of them, for whoever goes on with this run."""
+        chosen: dict[str, None] = {}
+        for node in nodes:
+            file, _, case = node.partition("::")
+            path = (self.config.rootpath / file).resolve()
+            if path.parent != self._cases:
+                here = Path.cwd()
+                shown = path.relative_to(here) if path.is_relative_to(here) else path
+                case = f"{shown}::{case}"
+            chosen[case] = None
+        self._selectors = tuple(chosen)
 
     # running
+
+    @functools.cached_property
+    def _cases(self) -> Path | None:
+        """Find the folder in which `parity run` looks for an id."""
+        from parity.case_files import find_folder
+        from parity.errors import UsageError
+
+        try:
+            return find_folder().resolve()
+        except UsageError:
+            return None
 
     @functools.cached_property
     def listed(self) -> KnownFindings:
@@ -209,21 +283,32 @@ class ParityPlugin:
         from parity.session import DEFAULT_IMPLEMENTATION, Selection
 
         option = self.config.getoption
+        given = option("--parity-implementation")
+        judged = " and ".join(sorted(self._implementations))
         return Selection(
+            selectors=self._selectors,
             suite=self.suite,
-            implementation=option("--parity-implementation") or DEFAULT_IMPLEMENTATION,
+            implementation=given or judged or DEFAULT_IMPLEMENTATION,
             device=option("--parity-device"),
             files=self._files,
+            is_given=bool(given),
         )
+
+    def implementation_of(self, case: Case) -> str:
+        """Name what is judged with a case."""
+        from parity import session
+
+        asked: str | None = self.config.getoption("--parity-implementation")
+        return asked or session.implementation_of([case])
 
     def judge(self, case: Case) -> Finished:
         """Judge one case with this process's own ranks, which start with the first case."""
-        from parity import session
+        from parity import registry, session
 
         self._files |= session.outside_files([case])
-        asked = self.config.getoption("--parity-implementation")
-        implementation = asked or session.implementation_of([case])
+        implementation = self.implementation_of(case)
         if implementation not in self._judges:
+            registry.check(implementation)
             workers = int(self._worker["workercount"]) if self._worker else 1
             ranks = max(session.MAX_LIVE_RANKS // workers, self._largest_world)
             opened = session.open_judge(
@@ -248,6 +333,7 @@ class ParityPlugin:
                 "case": finished.case, "seconds": finished.seconds,
                 "rows": [row.to_dict() for row in finished.rows],
                 "file": self._files.get(finished.case), "definition": finished.definition,
+                "implementation": self.implementation_of(item.case),
             }  # fmt: skip
             report.__dict__[_PAYLOAD] = json.dumps(payload, allow_nan=False)
             skips = report.skipped and not hasattr(report, "wasxfail")
@@ -269,19 +355,26 @@ class ParityPlugin:
         rows = tuple(Row.from_dict(row) for row in payload["rows"])
         if payload["file"]:
             self._files[payload["case"]] = payload["file"]
+        self._implementations.add(payload["implementation"])
         finished = Finished(payload["case"], rows, payload["seconds"], payload["definition"])
-        self._record().add(finished)
+        recorder = self._record()
+        recorder.selection = self.selection
+        recorder.add(finished)
 
     def _record(self) -> Recorder:
         """Open the run directory with the first finished case."""
         if self._recorder is None:
+            from parity.errors import UsageError
             from parity.fingerprint import commit
             from parity.session import Recorder
             from parity.store import RunDirectory
 
-            out = self.config.getoption("--parity-out")
-            root = self.config.rootpath / "reports"
-            directory = RunDirectory.create(Path(out) if out else None, root=root, commit=commit())
+            given = self.config.getoption("--parity-out")
+            out, root = Path(given) if given else None, self.config.rootpath / "reports"
+            try:
+                directory = RunDirectory.create(out, root=root, commit=commit())
+            except UsageError as problem:
+                pytest.exit(str(problem), pytest.ExitCode.USAGE_ERROR)
             words = map(str, self.config.invocation_params.args)
             self._recorder = Recorder(
                 directory, self.selection, " ".join(["pytest", *words]),

@@ -259,11 +259,24 @@ class RunDirectory:
                 out.mkdir(parents=True, exist_ok=True)
             made = cls(_fresh(root, commit) if out is None else out)
             made.hold()
-            if made.results.exists():
+            try:
+                cls.check_free(made.path)
+            except UsageError:
                 made.release()
-                raise UsageError(f"--out {out}: holds results already, go on with --resume {out}")
+                raise
             made.results.touch()
         return made
+
+    @staticmethod
+    def check_free(out: Path) -> None:
+        """Refuse a directory with results as the place of a new run.
+
+        Raises:
+            UsageError: it holds results.
+        """
+        if (out / RESULTS).exists():
+            text = f"holds results already, go on with parity run --resume {out}"
+            raise UsageError(f"run directory {out}: {text}")
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from parity.case_files import select
+
 pytest_plugins = ["pytester"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,6 +32,7 @@ def pytest_unconfigure(config):
     assert not judge.is_open
 """
 CASES = 'suite = "{}"\n[axes]\nshape.world = {}\n'
+TRAINER = "examples.two_rank_mlp:TwoRankMLP"
 TEST = "def test_own():\n    pass\n"
 
 
@@ -92,10 +95,11 @@ def test_the_suite_may_stand_in_the_configuration(folder: pytest.Pytester) -> No
 
 
 def test_an_unknown_folder_of_cases_is_a_usage_error(folder: pytest.Pytester) -> None:
-    """A suite that no file holds collects nothing, and is not green."""
-    assert (
-        run(folder, "cases", "--parity-suite", "absent").ret == pytest.ExitCode.NO_TESTS_COLLECTED
-    )
+    """A suite that no file holds is refused with those there are, whatever is collected."""
+    for arguments in (["cases"], ["tests"], ["tests", "-n", "1"]):
+        done = run(folder, *arguments, "--parity-suite", "absent")
+        assert done.ret == pytest.ExitCode.USAGE_ERROR
+        done.stderr.fnmatch_lines(["ERROR: unknown suite 'absent'; allowed: good, mixed"])
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,52 @@ def test_rows_travel_to_the_one_writer(folder: pytest.Pytester, workers: str) ->
 
 def test_the_implementation_reaches_the_judge(folder: pytest.Pytester) -> None:
     """--parity-implementation is what is judged, and what the rerun command says."""
-    done = run(folder, "cases/mixed.toml", "--parity-implementation", "my:Own")
-    done.stdout.fnmatch_lines(["*rerun: parity run w2-sgd-fp32 --implementation my:Own"])
+    done = run(folder, "cases/mixed.toml", "--parity-implementation", TRAINER)
+    done.stdout.fnmatch_lines([f"*rerun: parity run w2-sgd-fp32 --implementation {TRAINER}"])
     run_json = json.loads((folder.path / "reports" / "latest" / "run.json").read_text())
-    assert run_json["selection"]["implementation"] == "my:Own"
+    assert run_json["selection"]["implementation"] == TRAINER
+
+
+def test_what_cannot_work_is_refused_at_once(folder: pytest.Pytester) -> None:
+    """A directory with results, and an implementation that is none, before anything is run."""
+    run(folder, "cases/good.toml", "--parity-out", "out").assert_outcomes(passed=2)
+    done = run(folder, "tests", "--parity-out", "out")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["ERROR: run directory out: holds results already, go on with *"])
+    done = run(folder, "cases", "--parity-implementation", "nope")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["ERROR: unknown implementation 'nope'; allowed: deepspeed, *"])
+    folder.path.joinpath("cases", "good.toml").write_text(
+        'implementation = "nope"\n' + CASES.format("good", [1, 4])
+    )
+    done = run(folder, "cases/good.toml")
+    done.assert_outcomes(failed=2)
+    done.stdout.fnmatch_lines(["unknown implementation 'nope'; allowed: *"])
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize(
+    ("arguments", "selectors"),
+    [
+        (["cases/good.toml"], ["w1-sgd-fp32", "w4-sgd-fp32"]),
+        (["--parity-suite", "good", "tests"], ["w1-sgd-fp32", "w4-sgd-fp32"]),
+        (["cases/good.toml", "-k", "w4"], ["w4-sgd-fp32"]),
+        (["own.toml"], ["own.toml::w1-sgd-fp32", "own.toml::w4-sgd-fp32"]),
+    ],
+)
+def test_the_run_can_be_gone_on_with(
+    folder: pytest.Pytester, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], selectors: list[str], workers: str,
+) -> None:  # fmt: skip
+    """run.json names its cases and what was judged, so that --resume does what was lost."""
+    about = 'implementation = "deepspeed"\n'
+    for name in ("cases/good.toml", "own.toml"):
+        folder.path.joinpath(name).write_text(about + CASES.format("good", [1, 4]))
+    run(folder, *arguments, "-n", workers)
+    latest = folder.path / "reports" / "latest"
+    selection = json.loads((latest / "run.json").read_text())["selection"]
+    assert selection["selectors"] == selectors
+    assert (selection["implementation"], selection["is_given"]) == ("deepspeed", False)
+    monkeypatch.chdir(folder.path)
+    chosen = select(selection["selectors"], suite=selection["suite"])  # as --resume does
+    assert [case.id for case in chosen] == [name.rpartition("::")[2] for name in selectors]

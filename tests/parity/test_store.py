@@ -156,7 +156,7 @@ def test_a_real_file_named_latest_is_left_alone(tmp_path: Path) -> None:
 def test_results_are_never_mixed(tmp_path: Path) -> None:
     """A directory with results is refused as the target of another run."""
     RunDirectory.create(tmp_path / "run", root=tmp_path, commit="abc").release()
-    with pytest.raises(UsageError, match="holds results already, go on with --resume"):
+    with pytest.raises(UsageError, match="holds results already, go on with parity run --resume"):
         RunDirectory.create(tmp_path / "run", root=tmp_path, commit="abc")
     with pytest.raises(UsageError, match="no run directory"):
         RunDirectory.open(tmp_path)

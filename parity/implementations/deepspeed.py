@@ -241,6 +241,9 @@ class DeepSpeedImplementation:
             raise Refusal("DeepSpeed's AutoEP is judged on models of transformers only")
         if importlib.util.find_spec("deepspeed.module_inject.auto_ep_folding") is None:
             raise Refusal(f"DeepSpeed {state.installed()} has no folding")
+        if config.get("sequence_parallel_size", 1) > 1:
+            raise Refusal("models of transformers are fed whole sequences: no Ulysses "
+                          "(engine.sequence_parallel_size)")  # fmt: skip
         self._switches = Switches.read(config.get("adapter", {}))
         state.enter(context)
         self._gas = int(config["gradient_accumulation_steps"])

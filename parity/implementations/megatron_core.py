@@ -192,6 +192,8 @@ class MegatronCoreImplementation:
             raise Refusal("Megatron-Core is judged on the tiny model only")
         if context.device.type != "cpu":
             raise Refusal("Megatron-Core is judged on CPU ranks only")
+        if config.get("sequence_parallel_size", 1) > 1:
+            raise Refusal("Megatron-Core has no Ulysses (engine.sequence_parallel_size)")
         options = config.get("megatron", {})
         unknown = set(options) - set(_OWN_TABLES)
         if unknown:

@@ -303,6 +303,14 @@ def test_bf16_follows_the_engines_routing(judging: session.Judging) -> None:
     assert all(r.detail is not None and r.detail["followed"] for r in routing)
 
 
+def test_a_ulysses_size_is_refused(judging: session.Judging) -> None:
+    """DeepSpeed would take it and run whole sequences on each rank: nothing would be split."""
+    asked = made(**{"shape.world": 2, "shape.tp": 1, "engine.sequence_parallel_size": 2})
+    (row,) = session.judge_case(judging, asked, "deepspeed").rows
+    assert row.verdict == "skipped"
+    assert "no Ulysses" in (row.reason or "")
+
+
 def test_a_refusal_is_deepspeeds_own_text(judging: session.Judging) -> None:
     """Expert-TP is refused by DeepSpeed; the ranks are kept."""
     refused = made(**{"shape.world": 4, "shape.etp": 2})

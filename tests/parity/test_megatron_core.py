@@ -257,6 +257,7 @@ def test_a_refusal_is_megatrons_own_text(judging: session.Judging) -> None:
     for given, said in (
         ({"model.vocab": 37}, "37 is not divisible by 2"),
         ({"engine.options.megatron.transformer.sequence_parallel": False}, "sequence parallelism"),
+        ({"shape.tp": 1, "engine.sequence_parallel_size": 2}, "has no Ulysses"),
     ):
         (row,) = session.judge_case(judging, made(**given), "megatron_core").rows
         assert row.verdict == "skipped"

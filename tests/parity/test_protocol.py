@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fold_impl.adapter import FoldImplementation
-from parity import protocol
-from parity.case import make
+from parity import collect, protocol, session
+from parity.case import Case, make
 from parity.implementation import Placement, Shard
 from parity.layout import Layout
 from parity.protocol import ProtocolError
+from parity.store import Row
 from parity.trial import Order, run
 
 INDICES = torch.zeros(3, 2, dtype=torch.int64)
@@ -144,3 +145,17 @@ def test_a_piece_is_what_the_cuts_leave_of_the_models_shape() -> None:
     with pytest.raises(ProtocolError, match=r"cuts that divide the model's shape \(4, 6, 3\)"):
         protocol.check_pieces("parameters()", dict.fromkeys("wv", torch.ones(2)), placed,
                               {"w": (4, 6, 3)}, layout)  # fmt: skip
+
+
+def test_ranks_that_disagree_are_an_error_of_the_implementation() -> None:
+    """The row says what they disagree on, and not that the harness failed."""
+
+    class Judge:
+        def rows(self, _: Case) -> list[Row]:
+            collect.agree([{"w": Placement("dense")}, {"w": Placement("router")}])
+            return []
+
+    case = make({"shape.world": 2}, suite="s", file="f")
+    (row,) = session.judge_case(Judge(), case, "x").rows
+    assert row.verdict == "error"
+    assert (row.reason or "").startswith("w: ranks 0 and 1 disagree on its placement")

@@ -345,6 +345,8 @@ def print_run(
         _print_github(rows, selection, directory, known)
     else:
         click.echo(tables.terminal(rows, selection.rerun, paint=_painter(), known=known))
+        if absent := directory.run().get("absent"):
+            click.echo(f"not offered by {selection.implementation}: {', '.join(absent)}")
         click.echo(f"report: {directory.path / 'report.md'}")
         click.echo(f"page: {directory.path / 'report.html'}")
 

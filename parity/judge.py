@@ -157,6 +157,11 @@ class Judge:
         self._truths: dict[str, reference.Evaluation] = {}
         self._baselines: dict[str, _Baseline] = {}
 
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Optional members the implementation did not offer in the last case that was compared."""
+        return self.last.folded.absent if self.last else ()
+
     def with_planted(self, *planted: Planted) -> Judge:
         """Give a judge of the same implementation with other faults, sharing every cache."""
         other = copy.copy(self)

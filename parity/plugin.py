@@ -333,7 +333,7 @@ class ParityPlugin:
                 "case": finished.case, "seconds": finished.seconds,
                 "rows": [row.to_dict() for row in finished.rows],
                 "file": self._files.get(finished.case), "definition": finished.definition,
-                "implementation": self.implementation_of(item.case),
+                "absent": finished.absent, "implementation": self.implementation_of(item.case),
             }  # fmt: skip
             report.__dict__[_PAYLOAD] = json.dumps(payload, allow_nan=False)
             skips = report.skipped and not hasattr(report, "wasxfail")
@@ -356,7 +356,10 @@ class ParityPlugin:
         if payload["file"]:
             self._files[payload["case"]] = payload["file"]
         self._implementations.add(payload["implementation"])
-        finished = Finished(payload["case"], rows, payload["seconds"], payload["definition"])
+        finished = Finished(
+            payload["case"], rows, payload["seconds"], payload["definition"],
+            tuple(payload["absent"]),
+        )  # fmt: skip
         recorder = self._record()
         recorder.selection = self.selection
         recorder.add(finished)

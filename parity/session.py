@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import statistics
 import time
@@ -33,6 +34,8 @@ from parity.store import RUN, Row, RunDirectory, by_case, case_verdict, definiti
 DEFAULT_IMPLEMENTATION = "fold_impl"
 MAX_LIVE_RANKS = 32
 """Ranks kept at once: gangs of 1, 2, 3, 4, 6 and 8 ranks, which a suite goes to and fro between."""
+_EXTRAS = {"transformers": "models", "megatron": "megatron"}
+"""Package that a case may need -> extra of this project that installs it."""
 PRELOAD = ("torch._dynamo", "parity.trial")
 """Beside torch: the first torch.optim.Optimizer of a process imports dynamo, 1.4 CPU seconds."""
 
@@ -101,6 +104,8 @@ class Finished:
     seconds: float
     definition: str | None = None
     """Hash of everything the case fixes, see `store.definition_of`."""
+    absent: tuple[str, ...] = ()
+    """Optional members that its implementation does not offer."""
 
     @property
     def verdict(self) -> str:
@@ -140,10 +145,15 @@ def judge_case(judge: Judging, case: Case, implementation: str) -> Finished:
         where = {"kind": "harness", "traceback": traceback.format_exc()}
         reason = f"the harness failed: {type(failure).__name__}: {failure}"
         rows = (_error(case, implementation, reason, where),)
-    return Finished(case.id, rows, time.perf_counter() - start, definition_of(case))
+    absent = getattr(judge, "absent", ())  # known once ranks have answered
+    return Finished(case.id, rows, time.perf_counter() - start, definition_of(case), absent)
 
 
 def _error(case: Case, implementation: str, reason: str, about: Mapping[str, Any]) -> Row:
+    if missing := re.search(r"No module named '(\w+)", reason):
+        package, extra = missing[1], _EXTRAS.get(missing[1])
+        wanted = f"'foldparity[{extra}]'" if extra else package
+        reason = f"the case needs the package {package}: pip install {wanted}\n{reason}"
     known = ("kind", "rank", "traceback", "location", "collective")
     detail = {key: about[key] for key in known if about.get(key) is not None}
     return Row.of_case(case, implementation, verdict="error", reason=reason, detail=detail)
@@ -298,6 +308,7 @@ class Recorder:
             "started": before.get("started") or _now(),
         }
         self._definitions: dict[str, str] = dict(before.get("definitions") or {})
+        self._absent: set[str] = set(before.get("absent") or ())
         self._definitions |= {case.id: definition_of(case) for case in cases}
         self._write_run("running")
 
@@ -305,6 +316,7 @@ class Recorder:
         """Put the rows of a finished case on disk."""
         self.directory.append(finished.rows)
         self.rows += finished.rows
+        self._absent |= {*finished.absent}
         if finished.verdict != "skipped":
             self._seconds[finished.case] = finished.seconds
         if finished.definition:
@@ -342,6 +354,7 @@ class Recorder:
             **({} if state == "running" else {"ended": _now()}),
             "command": self.command,
             "selection": self.selection.to_dict(),
+            "absent": sorted(self._absent),
             "counts": tables.counts(self.rows),
             "known": self.known.to_dict(),
             "seconds": self._times(),

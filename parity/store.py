@@ -235,6 +235,7 @@ class _About(BaseModel):
     selection: _Selected | None = None
     versions: dict[str, str | None] | None = None
     definitions: dict[str, str] | None = None
+    absent: list[str] | None = None
     seconds: dict[str, Any] | None = None
     devices: dict[str, Any] | None = None
     environment: dict[str, str] | None = None

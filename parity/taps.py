@@ -113,6 +113,10 @@ class Judging(Protocol):
     planted: tuple[Planted, ...]
     last: Any
 
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Give the optional members the implementation did not offer."""
+
     def with_planted(self, *planted: Planted) -> Judging:
         """Give a judge with other faults."""
 
@@ -131,6 +135,10 @@ def findings(judge: Judging, case: Case) -> list[Finding]:
     """
     if case.model.name != "tiny":
         raise UsageError(f"--taps needs the tiny model, {case.id} runs {case.model.name}")
+    if "fault_points" in judge.absent:
+        raise UsageError(
+            "--taps needs an implementation with fault_points and plant; it offers none"
+        )
     with tempfile.TemporaryDirectory(prefix="parity-taps-") as folder:
         borders = list(enumerate((*FORWARD, *BACKWARD)))
         planted = [

@@ -69,6 +69,7 @@ def _facts(run: Mapping[str, Any]) -> str:
         "state": run.get("state"),
         "command": f"`{run['command']}`" if run.get("command") else None,
         "implementation": selection.get("implementation"),
+        "not offered by it": ", ".join(run.get("absent") or ()),
         "commit": run.get("commit"),
         "versions": ", ".join(f"{name} {v}" for name, v in versions.items() if v),
         "devices": f"{devices['cores']} cores, {devices.get('cpu')}" if devices else None,

@@ -63,6 +63,7 @@ class FakeJudge:
     seen: list[str] = field(default_factory=list)
     opened: list[tuple[str, str, str, int]] = field(default_factory=list)
     is_open: bool = False
+    absent: tuple[str, ...] = ()
 
     def rows(self, case: Case) -> Sequence[Row]:
         """Answer for one case."""

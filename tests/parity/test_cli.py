@@ -401,6 +401,39 @@ def test_run_json_says_where_and_how_long(folder: Path) -> None:
     assert list(run["seconds"]["median_by_world"]) == ["4"]
 
 
+def test_what_is_not_offered_is_said(folder: Path) -> None:
+    """Optional members that an implementation lacks stand in run.json, report and terminal."""
+    done = parity("run", FOUR, "--out", "a", judge=FakeJudge(absent=("replay", "grad_norm")))
+    assert "not offered by fold_impl: grad_norm, replay\n" in done.stdout
+    assert json.loads((folder / "a" / "run.json").read_text())["absent"] == ["grad_norm", "replay"]
+    assert "- not offered by it: grad_norm, replay\n" in (folder / "a" / "report.md").read_text()
+    done = parity("run", FOUR, "--out", "b", judge=FakeJudge())
+    assert "not offered" not in done.stdout + (folder / "b" / "report.md").read_text()
+
+
+def test_a_missing_package_is_named_where_it_is_needed(folder: Path) -> None:
+    """Cases that do without it are judged; the others say what to install, and end with 3."""
+    for name in ("deepspeed", "transformers"):
+        text = f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n"
+        (folder / f"{name}.py").write_text(text)
+    shape = "[[case]]\nshape.world = 1\n"
+    others = f'{shape}engine.name = "deepspeed"\n{shape}model.name = "mixtral"\n'
+    (folder / "own.toml").write_text(f'suite = "s"\n{shape}{others}')
+    done = subprocess.run(
+        [sys.executable, "-m", "parity", "run", "own.toml", "--out", "out"], cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}, text=True,
+        capture_output=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stdout + done.stderr
+    rows = by_case(RunDirectory.open(folder / "out").rows())
+    told = sorted((of[0].verdict, (of[0].reason or "").split("\n")[0]) for of in rows.values())
+    assert told == [
+        ("error", "the case needs the package deepspeed: pip install deepspeed"),
+        ("error", "the case needs the package transformers: pip install 'foldparity[models]'"),
+        ("pass", ""),
+    ]
+
+
 def test_out_names_the_directory_and_is_never_mixed(folder: Path) -> None:
     """--out is the run directory itself; a second run into it is refused."""
     assert parity("run", FOUR, "--out", "mine", judge=FakeJudge()).exit_code == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from parity import case as cases
 from parity import cli, explain, taps, threads
 from parity.case import Case
 from parity.causes import BY_ID, CAUSES, Setting
+from parity.errors import UsageError
 from parity.evidence import factor_table, observe, setting_of, symbols_of
 from parity.judge import Judge
 from parity.store import FAILING, Row, RunDirectory
@@ -406,6 +408,13 @@ def test_taps_name_the_first_border_that_differs(
     assert taps.lines(found, SHAPES["lanes"].layout)[-1].startswith(
         "no border differs" if border is None else f"first to differ: {border} of layer {layer}"
     )
+
+
+def test_taps_need_points_to_tap() -> None:
+    """An implementation that offers none is a usage error, not a rank that raises."""
+    without = SimpleNamespace(planted=(), last=None, absent=("fault_points", "taps"))
+    with pytest.raises(UsageError, match="an implementation with fault_points and plant"):
+        taps.findings(without, SHAPES["lanes"])
 
 
 def test_the_command_reads_a_run_directory(tmp_path: Any) -> None:

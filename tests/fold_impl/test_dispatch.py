@@ -325,3 +325,45 @@ def test_a_rank_alone_passes_every_tensor_through() -> None:
     assert scatter_rows(x, [4], tp) is x
     assert exchange(x, [4], [4], tp) is x
     assert gather_equal(x, tp) is x
+
+
+# ---------------------------------------------------------------- what is handed in
+
+
+def test_the_input_boundary_leaves_a_shared_gradient_alone() -> None:
+    """`w + enter(x)`: autograd hands one and the same tensor to both, and w's is not reduced."""
+
+    def work(runtime: object) -> tuple[Tensor, Tensor]:
+        group = whole_world(runtime)  # type: ignore[arg-type]
+        w, x = (random(2, H, seed=s).requires_grad_() for s in (1, 2))
+        y = random(2, H, seed=10 + group.index)
+        of_w, of_x = torch.autograd.grad(w + enter_routed(x, group), (w, x), y)
+        return of_w, of_x
+
+    found = run_ranks(3, work)
+    mine = [random(2, H, seed=10 + rank) for rank in range(3)]
+    for (of_w, of_x), y in zip(found, mine, strict=True):
+        assert torch.equal(of_w, y)
+        assert torch.allclose(of_x, sum(mine) / 3)  # type: ignore[arg-type]
+
+
+def test_rows_need_not_be_contiguous() -> None:
+    """A transposed view travels as its copy does, through every collective."""
+
+    def work(runtime: object) -> list[tuple[Tensor, Tensor]]:
+        group = whole_world(runtime)  # type: ignore[arg-type]
+        x = random(H, 4, seed=group.index).t()
+        splits = [1, 3], [1, 1] if group.index == 0 else [3, 3]
+        calls: list[Callable[[Tensor], Tensor]] = [
+            lambda t: exchange(t, *splits, group),
+            lambda t: gather_equal(t, group),
+            lambda t: gather_rows(t, [4, 4], group),
+            lambda t: scatter_rows(t, [2, 2], group),
+            lambda t: restore_combined(t, 8, group),
+            lambda t: scatter_share(t, group),
+        ]
+        return [(call(x), call(x.contiguous())) for call in calls]
+
+    for rank in run_ranks(2, work):
+        for view, copy in rank:
+            assert torch.equal(view, copy)

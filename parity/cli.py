@@ -203,6 +203,7 @@ def run(
             cases, selectors=selectors, suite=suite, folder=folder,
             implementation=implementation, device=device or "cpu",
         )  # fmt: skip
+        registry.check(selection.implementation)
         directory = RunDirectory.create(out, root=REPORTS, commit=commit())
     done = {row.case for row in kept}
     recorder = Recorder(

@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parity import registry
 from parity.errors import InfrastructureError
 from parity.failure import RankFailure, Refused, all_refused, explain_stop
 from parity.rank import RankRuntime, find, report
@@ -230,6 +231,7 @@ def main(
             cases, selectors=selectors, suite=suite, folder=folder,
             implementation=implementation, device=joined.device,
         )  # fmt: skip
+        registry.check(selection.implementation)
         return _judge(cases, selection, out, joined)
     finally:
         joined.end()

@@ -21,7 +21,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from parity import registry
 from parity.case import Case
 from parity.case_files import find_folder
 from parity.errors import InfrastructureError, UsageError
@@ -203,10 +202,9 @@ class Selection:
         """Note what was asked for and the cases that it chose; without a name theirs is judged.
 
         Raises:
-            UsageError: the cases are about different implementations, or there is no such one.
+            UsageError: the cases are about different implementations.
         """
         name = implementation or implementation_of(cases)
-        registry.check(name)
         return cls(
             tuple(selectors), suite, None if folder is None else str(folder), name, device,
             outside_files(cases, folder), is_given=implementation is not None,

@@ -95,8 +95,10 @@ class _Commands(click.Group):
         for stream in (sys.stdout, sys.stderr):  # a message may hold what is no text
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        pressed: list[int] = []
         try:
-            return super().invoke(ctx)
+            with _noting_interrupts(pressed):
+                return super().invoke(ctx)
         except ParityError as error:
             click.echo(f"parity: {error}", err=True)
             code = error.exit_code
@@ -109,9 +111,30 @@ class _Commands(click.Group):
             click.echo(f"parity: {error}", err=True)
             code = InfrastructureError.exit_code
         except Exception:
+            if pressed:
+                click.echo("parity: interrupted", err=True)
+                ctx.exit(INTERRUPTED)
             click.echo(f"parity: a defect of the harness\n{traceback.format_exc()}", err=True)
             code = InfrastructureError.exit_code
         ctx.exit(code)
+
+
+@contextlib.contextmanager
+def _noting_interrupts(pressed: list[int]) -> Iterator[None]:
+    """Note every Ctrl-C: some imports swallow it, and what fails later for that is no defect."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 folder_option = click.option(

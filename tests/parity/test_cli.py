@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -238,6 +239,15 @@ def test_ctrl_c_is_130_wherever_it_comes(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(cli, "commit", pressed)
     assert parity("run", FOUR, judge=FakeJudge()).exit_code == 130
+
+    def swallowed() -> str:
+        with contextlib.suppress(KeyboardInterrupt):  # as an import does that then is half done
+            signal.raise_signal(signal.SIGINT)
+        raise AttributeError("module 'numpy' has no attribute 'matrix'")
+
+    monkeypatch.setattr(cli, "commit", swallowed)
+    done = parity("run", FOUR, judge=FakeJudge())
+    assert (done.exit_code, done.stderr) == (130, "parity: interrupted\n")
 
 
 def test_text_that_is_no_text_loses_no_report(folder: Path) -> None:

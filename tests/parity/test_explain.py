@@ -318,13 +318,17 @@ def test_two_faults_at_once_keep_both_in_sight() -> None:
 
 
 def test_a_failing_baseline_must_be_explained_too() -> None:
-    """A factor gas on the baseline as well is no factor tp of the folded run."""
+    """A factor dp on the baseline as well is no factor tp of the folded run."""
     square = SHAPES["square"]
     wrong = {"scale": 2.0, "ratio": 2.0, "residual": 0.0, "error": 1.0, "verdict": "fail"}
-    rows = [replace(r, **wrong) if r.quantity == "gradient" else r for r in passing(square)]  # type: ignore[arg-type]
+    bad = [replace(r, **wrong) if r.quantity == "gradient" else r for r in passing(square)]  # type: ignore[arg-type]
+    alone = next(r for r in bad if r.shape["tp"] == 1)
+    rows = [*bad, replace(alone, family="router")]
     only_folded = [r if r.shape["tp"] == 2 else replace(r, verdict="pass") for r in rows]
-    assert "dp-sum-not-averaged" in {c.id for c in explain.causes(rows, square)}
+    assert [c.id for c in explain.causes(rows, square)] == ["dp-sum-not-averaged"]
     assert {c.id for c in explain.causes(only_folded, square)} >= {"dp-sum-not-averaged"}
+    # what is wrong with the experts of the baseline alone is not what is wrong with all
+    assert [c.id for c in explain.causes(bad, square)] == ["unknown"]
 
 
 def test_an_unknown_factor_and_unknown_structure_are_said_so() -> None:

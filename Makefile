@@ -8,14 +8,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 INSTALLED := .venv/.installed
 
-.PHONY: help parity test lint suites oracles browser clean
+.PHONY: help parity test lint suites mutation oracles browser clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make parity   judge the default suite, write reports/latest"
 	@echo "make test     run the tests"
 	@echo "make lint     ruff, its formatter, mypy"
-	@echo "make suites   run the suites of cases, alone and as pytest items"
+	@echo "make suites   run the suites of cases and the planted faults"
+	@echo "make mutation judge small wrong programs made of fold_impl, write reports/mutation.md"
 	@echo "make oracles  add an oracle of the rank tables whose requirements no extra of ours has"
 	@echo "make browser  install Chromium, its driver and selenium, and test report.html in it"
 	@echo "make clean    remove .venv, caches and run directories"
@@ -40,9 +41,16 @@ lint: $(INSTALLED)
 
 suites: $(INSTALLED)
 	$(BIN)/parity run --suite seed
-	$(BIN)/pytest -n auto --parity-suite seed cases
+	$(BIN)/pytest -n auto --parity-suite default cases
+	for suite in models deepspeed-engine checkpoints; do \
+	  $(BIN)/parity run --suite $$suite || exit; done
+	for suite in deepspeed megatron; do \
+	  $(BIN)/parity run --suite $$suite --fail-on new || exit; done
 	$(BIN)/parity faults run --out reports/faults
 	FAULT_DRAWS=50 $(BIN)/pytest -n auto tests/parity/test_faults.py
+
+mutation: $(INSTALLED)
+	$(BIN)/python -m tests.mutation --out reports/mutation.md
 
 # torchtitan requires datasets, wandb, tensorboard ...; its rank tables need three small packages
 oracles: $(INSTALLED)

@@ -14,7 +14,6 @@ torch is the very same files, and only what is installed in front differs.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import site
@@ -138,7 +137,7 @@ def _make(
     made: Environment, requirement: Requirement, others: Mapping[str, str],
     environ: Mapping[str, str],
 ) -> None:  # fmt: skip
-    has_pip = importlib.util.find_spec("pip") is not None  # then the layer brings it along
+    has_pip = "pip" in _installed_here(requirement.name)  # then the layer brings it along
     venv.EnvBuilder(clear=True, symlinks=True, with_pip=not has_pip).create(made.folder)
     python = "python{}.{}".format(*sys.version_info)
     packages = made.folder / "lib" / python / "site-packages"

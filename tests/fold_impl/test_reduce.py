@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,18 @@ def test_each_family_is_reduced_by_its_rule(
 ) -> None:
     """World 4, tp 2, ep 2: AVERAGE, SKIP and EXPERT_TP_CANCEL of 1, 10, 100, 1000."""
     assert reduced(family, *shards) == expected
+
+
+def test_parts_of_a_replicated_parameter_are_summed_over_lanes() -> None:
+    """A norm inside a head: each lane's gradient is of its own heads, so lanes add up: / dp."""
+
+    def work(groups: FoldGroups) -> float:
+        one = replace(member("w", "layernorm", value=LOCAL[groups.rank]), partial=True)
+        reduce_gradients([one], groups, Points())
+        assert one.parameter.grad is not None
+        return float(one.parameter.grad)
+
+    assert each_rank(work) == [1111 / 2] * 4
 
 
 @pytest.mark.parametrize(

@@ -207,3 +207,16 @@ def test_the_router_is_a_linear_map_that_adopts_the_given_parameters() -> None:
     assert router.weight is weight
     assert router.bias is bias
     assert Router(weight, None)(torch.tensor([[3.0, 1.0]])).tolist() == [[5.0, -1.0]]
+
+
+def test_counts_of_many_tokens_are_exact_in_low_precision() -> None:
+    """513 tokens: bfloat16 has no 513, nor 257 of them on one expert."""
+    tokens = 513
+    logits_TE = random(tokens, 4, seed=3)
+    indices_TK = torch.zeros(tokens, 1, dtype=torch.int64)
+    choice = Choice(logits_TE.bfloat16(), indices_TK, torch.ones(tokens, 1))
+    options = AuxiliaryOptions(load_balance=1.0)
+    loss = auxiliary_loss(choice, RouterOptions(1), options, alone().dp, Points(), 0)
+    expected = 4 * float(logits_TE.bfloat16().double().softmax(-1)[:, 0].mean())
+    assert loss.dtype is torch.float32
+    assert float(loss) == pytest.approx(expected, rel=1e-5)

@@ -110,7 +110,7 @@ class _Commands(click.Group):
         except OSError as error:
             click.echo(f"parity: {error}", err=True)
             code = InfrastructureError.exit_code
-        except Exception:
+        except Exception:  # whatever it is, 1 would say that something does not hold
             if pressed:
                 click.echo("parity: interrupted", err=True)
                 ctx.exit(INTERRUPTED)

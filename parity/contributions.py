@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,16 +133,21 @@ def _altered_losses(
     return {id(row): {"loss_of": found}}
 
 
+def _structural(
+    bad: Sequence[Row], actual: Mapping[str, Tensor]
+) -> Iterator[tuple[Row, str, float]]:
+    """Give the rows that are off by more than a factor: row, tensor, unit round-off."""
+    for row in bad:
+        if str(row.tensor) in actual and is_structural(row):
+            yield row, str(row.tensor), UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
+
+
 def _swapped(
     bad: Sequence[Row], actual: Mapping[str, Tensor], truth: Mapping[str, Tensor]
 ) -> dict[int, dict[str, Any]]:
     """Say which other tensor's gradient stands in a tensor's place."""
     found = {}
-    for row in bad:
-        name = str(row.tensor)
-        if name not in actual or not is_structural(row):
-            continue
-        unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
+    for row, name, unit in _structural(bad, actual):
         others = [n for n in truth if n != name and truth[n].shape == truth[name].shape]
         held = torch.stack([actual[name].double()])
         for other in others:
@@ -159,11 +164,7 @@ def _zeroed(
     Not whole tensors or whole experts: what loses those loses more than elements.
     """
     found = {}
-    for row in bad:
-        name = str(row.tensor)
-        if name not in actual or not is_structural(row):
-            continue
-        unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
+    for row, name, unit in _structural(bad, actual):
         held, true = actual[name].double(), truth[name]
         lost = (held == 0.0) & (true != 0.0)
         parts = (held, true) if row.family == "expert" else (held[None], true[None])

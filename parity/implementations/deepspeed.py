@@ -27,13 +27,12 @@ a worded assertion while the engine is built or a mode entered. Anything later i
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import re
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -42,6 +41,7 @@ from torch import Tensor, nn
 from parity.hugging_face import HuggingFace
 from parity.implementation import Batch, Family, Placement, RankContext, Refusal, Shard
 from parity.implementations import deepspeed_state as state
+from parity.implementations.refusals import refusals_of
 from parity.layout import Layout
 
 PARTITIONS = ("sharded", "preset", "skip")
@@ -441,6 +441,9 @@ def _indices(answer: Sequence[Tensor]) -> Tensor:
 
 # ---------------------------------------------------------------- refusals
 
+_refusals = functools.partial(refusals_of, ("deepspeed", "pydantic"))
+"""DeepSpeed's own words, and pydantic's about its config."""
+
 
 class _Entered(AbstractContextManager[Any]):
     """A mode of the engine; DeepSpeed's assertion on entering it is a refusal, later ones not."""
@@ -454,20 +457,3 @@ class _Entered(AbstractContextManager[Any]):
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._mode.__exit__(*error)
-
-
-@contextlib.contextmanager
-def _refusals(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn DeepSpeed's own worded exceptions of these kinds into refusals."""
-    try:
-        yield
-    except kinds as error:
-        if not str(error) or not _from_deepspeed(error):
-            raise
-        raise Refusal(f"{type(error).__name__}: {error}") from error
-
-
-def _from_deepspeed(error: BaseException) -> bool:
-    """Tell whether DeepSpeed raised it, or pydantic on behalf of its config."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return not {"deepspeed", "pydantic"}.isdisjoint(Path(frames[-1].filename).parts)

@@ -45,9 +45,8 @@ parallelism) is a `Refusal` with its own words. Anything later is an error.
 from __future__ import annotations
 
 import contextlib
-import traceback
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +58,7 @@ from parity import case as cases
 from parity.implementation import Batch, Placement, RankContext, Refusal
 from parity.implementations import megatron_state as state
 from parity.implementations.megatron_names import Entry, entries, piece_of
+from parity.implementations.refusals import refusals_of
 from parity.layout import Layout
 from parity.models import Tiny
 
@@ -157,6 +157,9 @@ def optimizer_fields(config: Mapping[str, Any], distributed: bool) -> dict[str, 
 
 
 # ---------------------------------------------------------------- the implementation
+
+
+_refusals = functools.partial(refusals_of, ("megatron",))
 
 
 class MegatronCoreImplementation:
@@ -471,15 +474,3 @@ def _layer_specs(spec: cases.Model) -> Any:
     alone = TransformerLayerSubmodules(pre_mlp_layernorm=Norm, mlp=moe.mlp, mlp_bda=moe.mlp_bda)
     sparse = ModuleSpec(module=TransformerLayer, submodules=alone)
     return TransformerBlockSubmodules(layer_specs=[dense, sparse] * spec.layers, layer_norm=Norm)
-
-
-@contextlib.contextmanager
-def _refusals(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn Megatron's own worded exceptions of these kinds into refusals."""
-    try:
-        yield
-    except kinds as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not str(error) or "megatron" not in raised_in.parts:
-            raise
-        raise Refusal(f"{type(error).__name__}: {error}") from error

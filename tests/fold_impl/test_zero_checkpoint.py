@@ -23,6 +23,7 @@ from fold_impl.engine import build_engine
 from parity import models
 from parity.gang import GangPool
 from parity.rank import RankRuntime
+from tests.fold_impl.test_checkpoint import everything
 from tests.fold_impl.test_zero import BF16, DEADLINE_S, FP32_SUM, SPEC, ZERO, written
 
 # `deepspeed` warns on its own account when it is imported
@@ -235,14 +236,6 @@ def do(ranks: GangPool, job: Job) -> list[Done]:
 def curve(job: Job, done: Sequence[Done]) -> list[float]:
     """Add up the dp ranks' parts of the losses, each lane's being the same."""
     return [sum(values) for values in zip(*(d.losses for d in done[:: job.fold[1]]), strict=True)]
-
-
-def everything(folder: Path, tag: str | None = None) -> dict[str, Tensor]:
-    """Read every full tensor of a checkpoint."""
-    path = archive.find(folder, tag)
-    index = archive.read_index(path)
-    with archive.Reader(path, index) as reader:
-        return {key: reader.whole(key) for key in index.tensors}
 
 
 def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

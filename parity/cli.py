@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import FrameType, MappingProxyType
@@ -48,14 +48,14 @@ from parity.known import load as load_known
 from parity.report import github, tables
 from parity.session import (
     DEFAULT_IMPLEMENTATION,
-    MAX_LIVE_RANKS,
     Finished,
     OpenJudge,
     Recorder,
     Selection,
     check_resumable,
+    default_jobs,
     exit_code_of,
-    judge_case,
+    judged,
     open_judge,
     write_report,
 )
@@ -198,12 +198,16 @@ def main() -> None:
     help="new: failures that are known findings do not count for the exit code.",
 )  # fmt: skip
 @known_option
+@click.option(
+    "--jobs", type=click.IntRange(min=1), metavar="N",
+    help="Cases judged at once; default: one, and one a core where ranks are threads.",
+)  # fmt: skip
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.pass_context
 def run(
     ctx: click.Context, /, selectors: tuple[str, ...], suite: str | None, folder: Path | None,
     implementation: str | None, device: str | None, out: Path | None, style: str,
-    resume: Path | None, fail_on: FailOn, known_file: Path | None, quiet: bool,
+    resume: Path | None, fail_on: FailOn, known_file: Path | None, jobs: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Run cases folded and not folded, compare them, and write a report.
 
@@ -235,7 +239,13 @@ def run(
     )  # fmt: skip
     opener: OpenJudge = ctx.obj or open_judge
     left = [case for case in run_order(cases) if case.id not in done]
-    state = _run_cases(opener, left, recorder, _Progress(len(cases), len(done), quiet))
+    if (jobs or 1) > 1 and selection.device == "cuda":
+        raise UsageError("--jobs: on GPUs one case runs at a time, as it takes every device")
+    jobs = jobs or default_jobs(left, selection.device)
+    progress = _Progress(len(cases), len(done), quiet)
+    state = _run_cases(
+        judged(left, selection.implementation, selection.device, jobs, opener), recorder, progress
+    )
     code = recorder.exit_code(fail_on)
     print_run(recorder.rows, recorder.selection, directory, style, code, recorder.known)
     ctx.exit(INTERRUPTED if state == "interrupted" else code)
@@ -263,30 +273,17 @@ def _command() -> str:
 
 
 def _run_cases(
-    opener: OpenJudge, cases: Sequence[Case], recorder: Recorder, progress: _Progress
+    results: Generator[Finished, None, None], recorder: Recorder, progress: _Progress
 ) -> str:
-    """Run the cases one by one; the record is closed however this ends.
+    """Record the cases one by one; the record is closed however this ends.
 
     Returns:
         "finished" or "interrupted".
     """
     state = "failed"
-    selection = recorder.selection
     try:
-        with terminate_as_interrupt(), contextlib.ExitStack() as stack:
-            if cases:
-                ranks = max(MAX_LIVE_RANKS, *(case.shape.world for case in cases))
-                opened = opener(
-                    selection.implementation,
-                    selection.device,
-                    cases[0],
-                    max_live_ranks=ranks,
-                    engines={case.engine.name for case in cases},
-                )
-                judge = stack.enter_context(opened)
-                stack.enter_context(progress)
-            for case in cases:
-                finished = judge_case(judge, case, selection.implementation)
+        with terminate_as_interrupt(), contextlib.closing(results), progress:
+            for finished in results:
                 recorder.add(finished)
                 progress.show(finished)
         state = "finished"

@@ -7,6 +7,7 @@ wrong: ranks start *before* this process imports torch, so that both imports go 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import shlex
@@ -14,13 +15,14 @@ import statistics
 import time
 import traceback
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
+from parity import crew
 from parity.case import Case
 from parity.case_files import find_folder
 from parity.errors import InfrastructureError, UsageError
@@ -33,6 +35,8 @@ from parity.store import RUN, Row, RunDirectory, by_case, case_verdict, definiti
 DEFAULT_IMPLEMENTATION = "fold_impl"
 MAX_LIVE_RANKS = 32
 """Ranks kept at once: gangs of 1, 2, 3, 4, 6 and 8 ranks, which a suite goes to and fro between."""
+CASES_A_JOB = 16
+"""Cases on threads that are worth a further process, which imports torch for some seconds."""
 _EXTRAS = {"transformers": "models", "megatron": "megatron"}
 """Package that a case may need -> extra of this project that installs it."""
 PRELOAD = ("torch._dynamo", "parity.trial")
@@ -123,6 +127,58 @@ def implementation_of(cases: Iterable[Case]) -> str:
         text = f"the cases are about {' and '.join(named)}: give --implementation or --suite"
         raise UsageError(text)
     return named[0] if named else DEFAULT_IMPLEMENTATION
+
+
+def judged(
+    cases: Sequence[Case], implementation: str, device: str, jobs: int, opener: OpenJudge
+) -> Generator[Finished, None, None]:
+    """Judge the cases in one or several processes and give each when it is done.
+
+    Raises:
+        UsageError: the run as a whole cannot work as asked for.
+    """
+    ranks = max(MAX_LIVE_RANKS // jobs, *(case.shape.world for case in cases), 1)
+    opened = functools.partial(
+        _opened, opener, implementation, device, ranks, sorted({c.engine.name for c in cases})
+    )
+    return crew.spread(
+        cases,
+        jobs,
+        opened,
+        functools.partial(_judge_case_of, implementation),
+        functools.partial(_lost, implementation),
+    )
+
+
+def _opened(
+    opener: OpenJudge,
+    implementation: str,
+    device: str,
+    ranks: int,
+    engines: Collection[str],
+    first: Case,
+) -> AbstractContextManager[Judging]:
+    return opener(implementation, device, first, max_live_ranks=ranks, engines=engines)
+
+
+def _judge_case_of(implementation: str, judge: Judging, case: Case) -> Finished:
+    return judge_case(judge, case, implementation)
+
+
+def _lost(implementation: str, case: Case, how: str) -> Finished:
+    row = _error(case, implementation, f"the judge of the case died: {how}", {"kind": "harness"})
+    return Finished(case.id, (row,), 0.0, definition_of(case))
+
+
+def default_jobs(cases: Iterable[Case], device: str) -> int:
+    """Give the number of judges at once that the cases keep the cores busy with.
+
+    Ranks that are threads take turns on one core; ranks that are processes take all there are.
+    """
+    if device != "cpu":
+        return 1
+    on_one_core = sum(case.engine.backend == "threads" for case in cases)
+    return max(1, min(crew.cores(), on_one_core // CASES_A_JOB))
 
 
 def judge_case(judge: Judging, case: Case, implementation: str) -> Finished:

@@ -9,7 +9,10 @@ Shapes: B sequences, S tokens each, T = B*S, H hidden, E experts, F expert width
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -274,13 +277,20 @@ def build_for(case: cases.Case, seed: int) -> Tiny | HuggingFace:
     """Make the model of a case in float64."""
     if case.model.name == "tiny":
         data = case.data
-        return build(case.model, seed, idle_expert=data.idle_expert, ties=data.ties)
+        with _building:
+            model = _built(case.model, seed, idle_expert=data.idle_expert, ties=data.ties)
+        return copy.deepcopy(model)
     return hugging_face.build(
         case.model,
         seed,
         idle_expert=case.data.idle_expert,
         load_balance=case.auxiliary.load_balance,
     )
+
+
+_building = threading.Lock()
+"""Ranks that are threads ask at once for one model, which takes longer to draw than to copy."""
+_built = functools.lru_cache(maxsize=4)(build)
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

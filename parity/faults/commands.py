@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from parity import crew
 from parity.case_files import select
 from parity.errors import InfrastructureError, UsageError, writing
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from parity.faults.runs import Entry
 
 SUITE = "faults"
+FAULTS_A_JOB = 4
+"""Faults that are worth a further process, which imports torch for some seconds."""
 
 
 @click.group()
@@ -59,10 +63,14 @@ def list_faults(style: str) -> None:
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
     help="Where faults.json and faults.md go.",
 )  # fmt: skip
+@click.option(
+    "--jobs", type=click.IntRange(min=1), metavar="N", help="Faults at once; default: one a core."
+)
 @click.pass_context
 def run(
-    ctx: click.Context, /, ids: tuple[str, ...], suite: str, folder: Path | None, out: Path
-) -> None:
+    ctx: click.Context, /, ids: tuple[str, ...], suite: str, folder: Path | None, out: Path,
+    jobs: int | None,
+) -> None:  # fmt: skip
     """Run faults on the smallest sets of cases that must show them, and write the kill matrix.
 
     Exit code 0: every fault was killed and its true cause is in the printed set; 3 where a case
@@ -75,13 +83,14 @@ def run(
         tempfile.TemporaryFile(dir=out).close()
     from parity.faults import runs
 
-    with runs.open_judge() as judge:
-        entries = runs.run_faults(chosen, cases, judge=judge, done=_progress)
+    jobs = jobs or min(crew.cores(), -(-len(chosen) // FAULTS_A_JOB))
+    start = time.perf_counter()
+    entries = runs.run_faults(chosen, cases, jobs=jobs, done=_progress)
     runs.write(entries, chosen, out)
     for entry in entries:
         if not (entry.killed and entry.diagnosed):
             click.echo(_complaint(entry))
-    click.echo(runs.headline(entries))
+    click.echo(f"{runs.headline(entries)}; {time.perf_counter() - start:.0f} s in all")
     click.echo(f"report: {out / 'faults.md'}")
     held = all(entry.killed and entry.diagnosed for entry in entries)
     errored = any(entry.errored for entry in entries)

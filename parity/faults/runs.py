@@ -8,6 +8,7 @@ transformations. Easy to get wrong: `killed` means that *every* case a fault mus
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import statistics
 import time
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from parity import explain, threads
+from parity import crew, explain, threads
 from parity.case import Case
 from parity.errors import ParityError
 from parity.faults.catalogue import OWN, Fault
@@ -61,8 +62,11 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def open_judge() -> Iterator[Judge]:
+def open_judge(_: Fault | None = None) -> Iterator[Judge]:
     """Give a judge of the implementation that faults are planted in; end its ranks after."""
+    import torch
+
+    torch.set_num_threads(1)  # its tensors are small, and other judges want the other cores
     ranks = Ranks()
     try:
         yield Judge(implementation=DEFAULT_IMPLEMENTATION, pool=ranks)
@@ -138,23 +142,40 @@ def run_faults(
     faults: Sequence[Fault],
     cases: Sequence[Case],
     *,
-    judge: Judge,
+    jobs: int = 1,
     done: Callable[[Entry], None] = lambda _: None,
 ) -> list[Entry]:
     """Judge every fault on its cases.
 
     Args:
-        faults: what to plant, one after the other.
+        faults: what to plant, one after the other in each process.
         cases: what to choose from, see `choose`.
-        judge: a judge whose clean runs may be used again.
+        jobs: number of processes.
         done: told every entry when it is ready.
+
+    Returns:
+        one entry a fault, in their order.
     """
-    entries = []
-    for fault in faults:
-        each = [_run(variant, cases, judge) for variant in fault.all_variants()]
-        entries.append(_merged(each))
-        done(entries[-1])
-    return entries
+    entries = {}
+    work = functools.partial(run_fault, cases)
+    for entry in crew.spread(faults, jobs, open_judge, work, _lost):
+        entries[entry.id] = entry
+        done(entry)
+    return [entries[fault.id] for fault in faults]
+
+
+def run_fault(cases: Sequence[Case], judge: Judge, fault: Fault) -> Entry:
+    """Judge one fault, and its variants; the judge's clean runs are used again."""
+    return _merged([_run(variant, cases, judge) for variant in fault.all_variants()])
+
+
+def _lost(fault: Fault, how: str) -> Entry:
+    nothing = Killers((), (), ())
+    return Entry(
+        fault.id, killed=False, killed_by=nothing, causes=(), true_cause=fault.true_cause,
+        diagnosed=False, set_size=0, seconds=0.0, detectors=dict.fromkeys(DETECTORS, False),
+        cases=(), errored=(f"its judge died: {how}",),
+    )  # fmt: skip
 
 
 def _run(fault: Fault, cases: Sequence[Case], judge: Judge) -> Entry:

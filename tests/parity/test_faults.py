@@ -310,7 +310,7 @@ def test_a_case_that_breaks_kills_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("no such buffer")
 
     monkeypatch.setattr(runs, "observe", broken)
-    (found,) = runs.run_faults([BY_ID["router-skip"]], suite(), judge=judge())
+    (found,) = runs.run_faults([BY_ID["router-skip"]], suite())
     assert (found.killed, found.diagnosed, found.causes) == (False, False, ())
     assert "no such buffer" in found.errored[0]
     assert found.survived == ()
@@ -318,7 +318,7 @@ def test_a_case_that_breaks_kills_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_fault_without_a_case_is_not_killed() -> None:
     """A suite in which a fault cannot show proves nothing."""
-    (found,) = runs.run_faults([BY_ID["etp-all-gather-only"]], suite()[:1], judge=judge())
+    (found,) = runs.run_faults([BY_ID["etp-all-gather-only"]], suite()[:1])
     assert not found.killed
 
 

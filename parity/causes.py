@@ -21,7 +21,8 @@ Signature = Literal[
     "dense_summed",
     "altered", "rows", "etp_rows", "swapped", "zeroed",
     "routing", "routing_lanes",
-    "norm_high", "norm_low", "clip", "update", "idle", "checkpoint", "resume", "progress",
+    "norm_high", "norm_low", "norm_scaled", "norm_clipped", "norm_squared",
+    "clip", "update", "idle", "checkpoint", "resume", "progress",
     "not_finite", "unknown_factor", "unknown",
 ]  # fmt: skip
 """How a cause shows; `parity.explain` has one matcher for each."""
@@ -460,6 +461,19 @@ _STEP = (
         "norm-shards-not-combined", "norm_low",
         "squares of different shards are averaged, or left out, where they must be added up",
         shows=lambda s: _maybe(s.stage > 1),
+    ),
+    Cause(
+        "norm-scaled", "norm_scaled",
+        "the norm of gradients that still carry a factor, or lost it twice: gas, ranks, loss scale",
+    ),
+    Cause(
+        "norm-after-clipping", "norm_clipped",
+        "the norm is read after the gradients were clipped: the limit itself",
+        symbol="clip", shows=lambda s: 0 < s.clip < 1,
+    ),
+    Cause(
+        "norm-not-rooted", "norm_squared",
+        "the sum of squares is given for its root",
     ),
     Cause(
         "clip-not-applied", "clip",

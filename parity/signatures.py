@@ -38,10 +38,9 @@ def _all_scale(cause: Cause, o: Observation) -> bool:
 
 
 def _loss_scale(_: Cause, o: Observation) -> bool:
-    if o.factor is None or o.factor <= 0 or not o.everything_fails or not o.backward_only:
+    if o.factor is None or not o.everything_fails or not o.backward_only:
         return False
-    power = math.log2(o.factor)
-    return abs(power) >= 4 and math.isclose(power, round(power), abs_tol=1e-3)
+    return _is_loss_scale(o.factor)
 
 
 def _leak(cause: Cause, o: Observation) -> bool:
@@ -427,17 +426,67 @@ def _gradients_right(o: Observation) -> bool:
     return not (o.bad("gradient") or o.bad("replica") or o.bad("loss") or o.bad("routing"))
 
 
-def _norm_high(_: Cause, o: Observation) -> bool:
+def _norm_scaled(_: Cause, o: Observation) -> bool:
+    """One factor on every norm, of gradients that it is still to be, or was already, taken off."""
+    at = o.setting
+    factors = [f for k in {at.gas, at.dp, at.stage} - {1} for f in (float(k), 1 / k)]
+    return _norm_is(
+        o, lambda _, ratio: any(_equal(ratio, f) for f in factors) or _is_loss_scale(ratio)
+    )
+
+
+def _is_loss_scale(factor: float) -> bool:
+    power = math.log2(factor) if factor > 0 else 0.0
+    return abs(power) >= 4 and math.isclose(power, round(power), abs_tol=1e-3)
+
+
+def _norm_clipped(_: Cause, o: Observation) -> bool:
+    clip = o.setting.clip
+    return 0 < clip < 1 and _norm_is(o, lambda _, ratio: _equal(ratio, clip))
+
+
+def _norm_squared(_: Cause, o: Observation) -> bool:
+    return _norm_is(o, lambda expected, ratio: _equal(ratio, expected))
+
+
+def _norm_is(o: Observation, holds: Callable[[float, float], bool]) -> bool:
+    """Tell whether only the norm is wrong, and every rank's by a ratio that the condition tells."""
     rows = o.bad("grad_norm")
-    return _gradients_right(o) and bool(rows) and all((r.ratio or 0.0) > 1.0 for r in rows)
+    found = [((r.detail or {}).get("expected"), r.ratio) for r in rows]
+    return (
+        bool(rows)
+        and _gradients_right(o)
+        and all(e is not None and ratio is not None and holds(e, ratio) for e, ratio in found)
+    )
 
 
-def _norm_low(_: Cause, o: Observation) -> bool:
+def _equal(ratio: float, factor: float) -> bool:
+    """Compare a norm's ratio: the 1e-6 beside a clipping limit and float32 stay below this."""
+    return math.isclose(ratio, factor, rel_tol=1e-5)
+
+
+def _one_factor(cause: Cause, o: Observation) -> bool:
+    """Tell whether one factor is all that a norm is wrong by, and no count of copies gives it."""
+    at = o.setting
+    counts = [math.sqrt(k) for k in (at.stage, at.dp, at.tp, at.edp) if k > 1]
+    counted = _norm_is(o, lambda _, ratio: any(_equal(ratio, k) for k in counts))
+    return not counted and any(m(cause, o) for m in (_norm_scaled, _norm_clipped, _norm_squared))
+
+
+def _norm_high(cause: Cause, o: Observation) -> bool:
+    rows = o.bad("grad_norm")
+    most = math.sqrt(o.setting.stage) * (1 + 1e-5)  # every rank has a copy of everything
+    high = all(1.0 < (r.ratio or 0.0) <= most for r in rows)
+    return _gradients_right(o) and bool(rows) and high and not _one_factor(cause, o)
+
+
+def _norm_low(cause: Cause, o: Observation) -> bool:
     rows = o.bad("grad_norm")
     if any((r.detail or {}).get("kind") != "parameter" for r in o.bad("replica")):
         return False  # weights alone may differ: each rank clips by its own norm
     wrong = o.bad("gradient") or o.bad("loss") or o.bad("routing")
-    return not wrong and bool(rows) and all((r.ratio or 0.0) < 1.0 for r in rows)
+    low = all((r.ratio or 0.0) < 1.0 for r in rows)
+    return not wrong and bool(rows) and low and not _one_factor(cause, o)
 
 
 def _update_only(o: Observation) -> bool:
@@ -508,7 +557,8 @@ _MATCHERS: Mapping[str, Matcher] = MappingProxyType({
     "dense_summed": _dense_summed, "altered": _altered, "rows": _rows,
     "etp_rows": _etp_rows, "swapped": _swapped, "zeroed": _zeroed,
     "routing": _routing, "routing_lanes": _routing_lanes, "norm_high": _norm_high,
-    "norm_low": _norm_low, "clip": _clip, "update": _update, "idle": _idle,
+    "norm_low": _norm_low, "norm_scaled": _norm_scaled, "norm_clipped": _norm_clipped,
+    "norm_squared": _norm_squared, "clip": _clip, "update": _update, "idle": _idle,
     "checkpoint": _checkpoint, "resume": _resume, "progress": _progress, "not_finite": _not_finite,
     "unknown_factor": _unknown_factor,
     "unknown": _unknown,

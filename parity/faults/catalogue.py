@@ -26,7 +26,8 @@ OWN = frozenset(
         "lanes-leave-summed", "lanes-enter-raw", "boundary-early", "rank-share-lost",
         "rank-share-doubled", "aux-counted-twice", "aux-tokens-count-lanes", "aux-stale-counts",
         "bucket-last-element", "expert-w1-w3-swapped", "embedding-padding-row", "router-float32",
-        "norm-local", "optimizer-state-lost", "optimizer-state-swapped", "decay-ignored",
+        "norm-local", "norm-gas-left", "norm-after-clipping", "norm-squared",
+        "optimizer-state-lost", "optimizer-state-swapped", "decay-ignored",
         "stale-gradient", "decay-coupled", "betas-swapped", "gradient-not-zeroed", "row-dropped",
         "router-jitter-by-lane", "reduction-forgotten", "clip-scales-up",
     }
@@ -641,6 +642,23 @@ _STEP = (
         "norm-local", "norm.reduce", "no_collective", "norm-shards-not-combined",
         "grad_norm differs by rank; replicas of parameters drift under clip",
         "world > 1 and clip > 0", imitates="torch.nn.utils.clip_grad_norm_ on sharded parameters",
+    ),
+    Fault(
+        "norm-gas-left", "norm.total", "scaled", "norm-scaled",
+        "grad_norm only, all updates share one factor under clip", "gas > 1",
+        _options(factor="=gas"), imitates="norm of the accumulation buffer before it is averaged",
+        cannot=(Blind("gas == 1", "one micro-batch"),),
+    ),
+    Fault(
+        "norm-after-clipping", "norm.total", "scaled", "norm-after-clipping",
+        "grad_norm only, s = clip", "0 < clip < 1", _options(factor="=clip"),
+        imitates="the reported norm is taken of gradients that were clipped",
+        cannot=(Blind("clip == 0 or clip > 1", "nothing is clipped"),),
+    ),
+    Fault(
+        "norm-squared", "norm.total", "squared", "norm-not-rooted",
+        "grad_norm only, s = the norm", "True",
+        imitates="a squared norm that nobody takes the root of",
     ),
     Fault(
         "clip-after-step", "step.order", "reversed_order", "clip-not-applied",

@@ -20,7 +20,7 @@ from typing import Any
 from parity import crew, explain, threads
 from parity.case import Case
 from parity.errors import ParityError
-from parity.faults.catalogue import OWN, Fault
+from parity.faults.catalogue import BY_ID, OWN, Fault
 from parity.faults.detectors import DETECTORS, LEGEND, Seen
 from parity.gang import GangPool
 from parity.judge import Judge
@@ -62,7 +62,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def open_judge(_: Fault | None = None) -> Iterator[Judge]:
+def open_judge(_: str = "") -> Iterator[Judge]:
     """Give a judge of the implementation that faults are planted in; end its ranks after."""
     import torch
 
@@ -148,7 +148,7 @@ def run_faults(
     """Judge every fault on its cases.
 
     Args:
-        faults: what to plant, one after the other in each process.
+        faults: what to plant, of the catalogue, one after the other in each process.
         cases: what to choose from, see `choose`.
         jobs: number of processes.
         done: told every entry when it is ready.
@@ -158,21 +158,21 @@ def run_faults(
     """
     entries = {}
     work = functools.partial(run_fault, cases)
-    for entry in crew.spread(faults, jobs, open_judge, work, _lost):
+    for entry in crew.spread([fault.id for fault in faults], jobs, open_judge, work, _lost):
         entries[entry.id] = entry
         done(entry)
     return [entries[fault.id] for fault in faults]
 
 
-def run_fault(cases: Sequence[Case], judge: Judge, fault: Fault) -> Entry:
+def run_fault(cases: Sequence[Case], judge: Judge, fault: str) -> Entry:
     """Judge one fault, and its variants; the judge's clean runs are used again."""
-    return _merged([_run(variant, cases, judge) for variant in fault.all_variants()])
+    return _merged([_run(variant, cases, judge) for variant in BY_ID[fault].all_variants()])
 
 
-def _lost(fault: Fault, how: str) -> Entry:
+def _lost(fault: str, how: str) -> Entry:
     nothing = Killers((), (), ())
     return Entry(
-        fault.id, killed=False, killed_by=nothing, causes=(), true_cause=fault.true_cause,
+        fault, killed=False, killed_by=nothing, causes=(), true_cause=BY_ID[fault].true_cause,
         diagnosed=False, set_size=0, seconds=0.0, detectors=dict.fromkeys(DETECTORS, False),
         cases=(), errored=(f"its judge died: {how}",),
     )  # fmt: skip

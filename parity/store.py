@@ -8,6 +8,7 @@ line cut off by a crash makes its case unfinished.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -270,11 +271,17 @@ class RunDirectory:
 
     @staticmethod
     def check_free(out: Path) -> None:
-        """Refuse a directory with results as the place of a new run.
+        """Refuse, without making anything, a directory that no new run can be written to.
 
         Raises:
-            UsageError: it holds results.
+            UsageError: it holds results, or cannot be made or written.
         """
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        with writing(out):
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if (out / RESULTS).exists():
             text = f"holds results already, go on with parity run --resume {out}"
             raise UsageError(f"run directory {out}: {text}")

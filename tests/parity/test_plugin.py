@@ -192,6 +192,16 @@ def test_what_cannot_work_is_refused_at_once(folder: pytest.Pytester) -> None:
     done.stdout.fnmatch_lines(["unknown implementation 'nope'; allowed: *"])
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_any_case(
+    folder: pytest.Pytester,
+) -> None:
+    """Not after the first one has run."""
+    folder.path.joinpath("taken").touch()
+    done = run(folder, "cases/good.toml", "--parity-out", "taken/out")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["ERROR: cannot write taken/out: Not a directory"])
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize(
     ("arguments", "selectors"),

@@ -11,12 +11,14 @@ over lanes there is one x, not one per lane, and it counts once on the right-han
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
+from fold_impl import dispatch
 from fold_impl.dispatch import (
     all_to_all,
     enter_routed,
@@ -347,8 +349,22 @@ def test_the_input_boundary_leaves_a_shared_gradient_alone() -> None:
         assert torch.allclose(of_x, sum(mine) / 3)  # type: ignore[arg-type]
 
 
-def test_rows_need_not_be_contiguous() -> None:
-    """A transposed view travels as its copy does, through every collective."""
+def strict(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse what NCCL and Gloo refuse, or read in the order of memory; threads copy by index."""
+
+    def checked(*arguments: Any, **options: Any) -> Any:
+        assert all(t.is_contiguous() for t in arguments if isinstance(t, Tensor))
+        return collective(*arguments, **options)
+
+    return checked
+
+
+def test_rows_need_not_be_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposed view travels as its copy does, through every collective, there and back."""
+    for name in ("_all_gather", "_reduce_scatter"):
+        monkeypatch.setattr(dispatch, name, strict(getattr(dispatch, name)))
+    for name in ("all_to_all_single", "all_reduce"):
+        monkeypatch.setattr(dist, name, strict(getattr(dist, name)))
 
     def work(runtime: object) -> list[tuple[Tensor, Tensor]]:
         group = whole_world(runtime)  # type: ignore[arg-type]
@@ -361,7 +377,9 @@ def test_rows_need_not_be_contiguous() -> None:
             lambda t: scatter_rows(t, [2, 2], group),
             lambda t: restore_combined(t, 8, group),
             lambda t: scatter_share(t, group),
+            lambda t: torch.autograd.grad(enter_routed(w, group), w, t)[0],
         ]
+        w = random(4, H, seed=3).requires_grad_()
         return [(call(x), call(x.contiguous())) for call in calls]
 
     for rank in run_ranks(2, work):

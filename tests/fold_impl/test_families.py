@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from fold_impl.families import Family, Placement, Rule, Shard, replicas, rule_of
+from fold_impl.families import Family, FoldedParameter, Placement, Rule, Shard, replicas, rule_of
 from fold_impl.layout import FoldLayout
 
 LAYOUT = FoldLayout(24, tp_size=4, ep_size=3, etp_size=2)
@@ -35,6 +37,12 @@ def test_rule_of_a_family_under_route_full(
     placement = Placement(family, shards)
     assert rule_of(placement) is rule
     assert (rule.axis(), rule.divisor(LAYOUT)) == (axis, divisor)
+
+
+def test_a_parameter_is_not_partial_unless_it_is_said_to_be() -> None:
+    """Lanes agree on the gradient of what is replicated; a sum would be tp times too large."""
+    weight = nn.Parameter(torch.zeros(1))
+    assert not FoldedParameter("norm", weight, Placement("layernorm")).partial
 
 
 def test_a_partial_parameter_is_summed_unless_it_is_sharded_or_an_expert() -> None:

@@ -189,6 +189,8 @@ def test_the_number_of_collectives_does_not_grow_with_parameters(
 def test_buckets_split_at_the_limit_and_by_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes 2, 4, 6 of a rule fit a limit of 6 as (2, 4) and (6); two dtypes are not mixed."""
     assert collectives(monkeypatch, mixed(3), bucket_numel=6) == 3 * 2 + 1
+    # (2, 4, 6), (8, 10) and (12): a later bucket may be as full as the first
+    assert collectives(monkeypatch, mixed(6), bucket_numel=18) == 3 * 3 + 1
     assert collectives(monkeypatch, mixed(1) + mixed(1, torch.float32)) == 3 * 2 + 1
 
 

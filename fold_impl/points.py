@@ -64,6 +64,12 @@ POINTS: dict[str, str] = {
     "checkpoint.part": "loaded part before it is set; context: name, family, state, layout, saved",
 }
 """Point -> what passes there."""
+ON_NATIVE_ENGINE = frozenset(
+    {"batch.loss"}
+    | {point for point in POINTS if point.startswith(("clip.", "step."))}
+    | {point for point in POINTS if point.startswith("reduce.")} - {"reduce.rule"}
+)
+"""Points that the native engine alone passes; DeepSpeed's has code of its own in their place."""
 
 
 class Points:

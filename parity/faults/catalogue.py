@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from fold_impl.points import ON_NATIVE_ENGINE
 from parity.case import Case
 from parity.layout import Layout
 from parity.trial import Planted
@@ -76,6 +77,9 @@ class Fault:
         cannot: where algebra says that it is invisible.
         variants: further amounts, counted with the fault.
         real: whether it is also shown once on ranks that are processes, in float32.
+        native: whether it acts on what the native engine alone has: a reduction over groups that
+            ZeRO's partitions do not know. Every other fault whose point DeepSpeed's engine passes
+            is also shown once there.
     """
 
     id: str
@@ -89,9 +93,12 @@ class Fault:
     cannot: tuple[Blind, ...] = ()
     variants: tuple[Variant, ...] = ()
     real: bool = False
+    native: bool = False
 
     def can_show(self, case: Case) -> bool:
         """Tell whether the case must show the fault."""
+        if case.engine.name != "native" and (self.native or self.point in ON_NATIVE_ENGINE):
+            return False
         return bool(holds(self.needs, case))
 
     def planted(self, case: Case) -> Planted:
@@ -243,6 +250,7 @@ _RULES = (
         _options(over="tp", divisor="=tp", pattern=r"norm\.bias"),
         imitates="biases left out of the data-parallel buckets",
         cannot=(Blind("dp == 1", "the stage is the tp group", _REBUCKETED),),
+        native=True,
     ),
     Fault(
         "embedding-sum", "reduce.rule", "other_rule", "replicated-summed-over-tp",
@@ -271,6 +279,7 @@ _RULES = (
         "shards of different lanes mixed: large r", "tp > 1", _options(rule="AVERAGE", only="SKIP"),
         imitates="TP-sharded weights treated as replicated",
         cannot=(Blind("tp == 1", "the stage is the dp group: AVERAGE = SKIP", _REBUCKETED),),
+        native=True,
     ),
     Fault(
         "expert-edp-mean", "reduce.reduced", "scaled", "expert-divided-by-edp",
@@ -302,6 +311,7 @@ _RULES = (
         _options(over="dp", divisor="=tp*dp", families=_EXPERTS),
         imitates="Megatron-LM #1628",
         cannot=(Blind("same_groups", "dp groups and edp groups are the same ranks", _REBUCKETED),),
+        native=True,
     ),
     Fault(
         "expert-unreduced", "reduce.rule", "rule_over", "dp-reduction-missing",
@@ -309,6 +319,7 @@ _RULES = (
         _options(over="etp", divisor="=tp*dp", families=_EXPERTS),
         imitates="expert parameters left out of every data-parallel group",
         cannot=(Blind("edp == 1 and etp == 1", "the edp group is the rank alone", _REBUCKETED),),
+        native=True,
     ),
     Fault(
         "tied-embedding-twice", "reduce.gradient", "scaled", "tied-reduced-twice",
@@ -366,6 +377,7 @@ _LAYER = (
         "experts permuted", "ep > 1", _options(of="ep"),
         imitates="EP ranks numbered against the order of the process group",
         cannot=(Blind("ep == 1", "a group of one has one order"),),
+        native=True,
     ),
     Fault(
         "expert-index-roll", "dispatch.experts", "shifted_experts", "expert-permutation",
@@ -651,7 +663,8 @@ _STEP = (
     ),
     Fault(
         "norm-after-clipping", "norm.total", "scaled", "norm-after-clipping",
-        "grad_norm only, s = clip", "0 < clip < 1", _options(factor="=clip"),
+        "grad_norm only, s = clip", "0 < clip < 1",
+        _options(factor="=min(clip, 1) if clip else 1"),
         imitates="the reported norm is taken of gradients that were clipped",
         cannot=(Blind("clip == 0 or clip > 1", "nothing is clipped"),),
     ),

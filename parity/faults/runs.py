@@ -17,15 +17,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from parity import crew, explain, threads
+from parity import crew, explain, gang, threads, warm
 from parity.case import Case
 from parity.errors import ParityError
 from parity.faults.catalogue import BY_ID, OWN, Fault
 from parity.faults.detectors import DETECTORS, LEGEND, Seen
-from parity.gang import GangPool
 from parity.judge import Judge
 from parity.report import tables
-from parity.session import DEFAULT_IMPLEMENTATION, MAX_LIVE_RANKS
+from parity.session import DEFAULT_IMPLEMENTATION, MAX_LIVE_RANKS, PRELOAD
 from parity.store import Row
 
 SHAPES = 2
@@ -38,7 +37,7 @@ class Ranks:
     """Threads of this process for exact cases, gangs of processes for the others."""
 
     def __init__(self) -> None:
-        self._gangs: GangPool | None = None
+        self._gangs: gang.GangPool | None = None
 
     def run(
         self,
@@ -52,7 +51,8 @@ class Ranks:
         if task == "parity.threads:run":  # no start-up, and no process to lose
             return [threads.run(None, order) for order in payloads]
         if self._gangs is None:
-            self._gangs = GangPool(max_live_ranks=MAX_LIVE_RANKS)
+            preload = (*gang.PRELOAD, *PRELOAD, *warm.DEEPSPEED)
+            self._gangs = gang.GangPool(preload, max_live_ranks=MAX_LIVE_RANKS)
         return self._gangs.run(world, task, payloads, deadline_s, backend or "gloo")
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ def choose(fault: Fault, cases: Iterable[Case]) -> list[Case]:
     """Choose the smallest set that shows a fault: SHAPES shapes and, on the first, Adam.
 
     The order of the suite decides: its first shapes tell most causes apart. A fault that is `real`
-    is also shown once on ranks that are processes.
+    is also shown once on ranks that are processes, and every one that can be on DeepSpeed's engine.
     """
     cases = list(cases)
     able = [c for c in cases if fault.can_show(c) and c.engine.backend == "threads"]
@@ -127,9 +127,10 @@ def choose(fault: Fault, cases: Iterable[Case]) -> list[Case]:
         chosen.setdefault((case.shape, case.engine.gas), case)
     kept = list(chosen.values())[:SHAPES]
     kept += [c for c in able if plain and kept and _same_but_optimizer(c, kept[0])][:1]
+    processes = [c for c in cases if fault.can_show(c) and c.engine.backend != "threads"]
     if fault.real or not kept:
-        kept += [c for c in cases if fault.can_show(c) and c.engine.backend != "threads"][:1]
-    return kept
+        kept += [case for case in processes if case.engine.name == "native"][:1]
+    return kept + [case for case in processes if case.engine.name == "deepspeed"][:1]
 
 
 def _same_but_optimizer(one: Case, other: Case) -> bool:

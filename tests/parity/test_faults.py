@@ -99,11 +99,18 @@ def test_facts_of_a_case_know_groups_and_ragged_shares() -> None:
 
 
 def test_the_smallest_set_is_two_shapes_and_adam_on_the_first() -> None:
-    """A rule's fault needs no more than what the head of the suite offers."""
+    """A rule's fault needs no more than what the head of the suite offers, and ZeRO once."""
     chosen = runs.choose(replace(BY_ID["router-skip"], real=False), suite())
-    assert [(c.shape.world, c.shape.tp, c.optimizer.name) for c in chosen] == [
-        (4, 2, "sgd"), (4, 4, "sgd"), (4, 2, "adam"),
+    assert [(c.engine.name, c.shape.world, c.shape.tp, c.optimizer.name) for c in chosen] == [
+        ("native", 4, 2, "sgd"), ("native", 4, 4, "sgd"), ("native", 4, 2, "adam"),
+        ("deepspeed", 4, 2, "sgd"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gas-missing", "expert-wrong-group"])
+def test_what_deepspeeds_engine_does_itself_is_not_planted_there(name: str) -> None:
+    """A point that it does not pass would plant nothing, and the fault would seem to survive."""
+    assert {case.engine.name for case in runs.choose(BY_ID[name], suite())} == {"native"}
 
 
 FAST = (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fold_impl.layout import FoldLayout
 from fold_impl.points import Points
 from fold_impl.router import (
+    CORRECTION_BIAS,
     AuxiliaryOptions,
     Choice,
     Router,
@@ -33,6 +34,12 @@ def pick(
     options = RouterOptions(top_k, score, normalize)
     forced, bias = kwargs.get("forced"), kwargs.get("bias")
     return choose(logits, options, forced, lambda _, value: value, bias)
+
+
+def test_weights_add_up_to_one_unless_it_is_said_that_they_do_not() -> None:
+    """The default of Mixtral and of the small model."""
+    choice = choose(LOGITS, RouterOptions(2), None, lambda _, value: value)
+    assert choice.weights_TK.sum(-1).tolist() == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -207,6 +214,15 @@ def test_the_router_is_a_linear_map_that_adopts_the_given_parameters() -> None:
     assert router.weight is weight
     assert router.bias is bias
     assert Router(weight, None)(torch.tensor([[3.0, 1.0]])).tolist() == [[5.0, -1.0]]
+
+
+def test_a_correction_bias_is_saved_with_the_router_and_is_no_parameter() -> None:
+    """As Hugging Face keeps it: a buffer, in the state dict, that no optimizer moves."""
+    weight, correction_E = nn.Parameter(torch.zeros(2, 3)), torch.tensor([0.25, -0.25])
+    router = Router(weight, None, correction_E)
+    assert dict(router.named_buffers()) == {CORRECTION_BIAS: correction_E}
+    assert set(router.state_dict()) == {"weight", CORRECTION_BIAS}
+    assert [*Router(weight, None).state_dict()] == ["weight"]
 
 
 def test_counts_of_many_tokens_are_exact_in_low_precision() -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import click
 
 from parity import __version__, cli_reports, registry
-from parity.case import Case, flatten
+from parity.case import MAX_SEED, Case, flatten
 from parity.case_files import (
     DEFAULT_SUITE,
     file_schema,
@@ -182,6 +182,10 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cpu.")
 @click.option(
+    "--seed", type=click.IntRange(0, MAX_SEED), metavar="N",
+    help="Draw weights and data from this seed, not from the cases' own.",
+)  # fmt: skip
+@click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
     help="Run directory; default: reports/<timestamp>-<commit>, linked from reports/latest.",
 )  # fmt: skip
@@ -206,7 +210,7 @@ def main() -> None:
 @click.pass_context
 def run(
     ctx: click.Context, /, selectors: tuple[str, ...], suite: str | None, folder: Path | None,
-    implementation: str | None, device: str | None, out: Path | None, style: str,
+    implementation: str | None, device: str | None, seed: int | None, out: Path | None, style: str,
     resume: Path | None, fail_on: FailOn, known_file: Path | None, jobs: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Run cases folded and not folded, compare them, and write a report.
@@ -218,7 +222,7 @@ def run(
     kept: list[Row] = []
     listed = load_known(known_file)
     if resume is not None:
-        if selectors or suite or folder or implementation or device or out:
+        if selectors or suite or folder or implementation or device or out or seed is not None:
             raise UsageError("--resume takes selection, implementation and device from its run")
         directory = RunDirectory.open(resume)
         directory.hold()
@@ -228,8 +232,9 @@ def run(
         cases = select(selectors, suite=suite, folder=folder)
         selection = Selection.of(
             cases, selectors=selectors, suite=suite, folder=folder,
-            implementation=implementation, device=device or "cpu",
+            implementation=implementation, device=device or "cpu", seed=seed,
         )  # fmt: skip
+        cases = selection.seeded(cases)
         registry.check(selection.implementation)
         directory = RunDirectory.create(out, root=REPORTS, commit=commit())
     done = {row.case for row in kept}
@@ -259,7 +264,7 @@ def _resumed(
     check_resumable(run, directory.path, listed.packages)
     selection = Selection.from_run(run)
     folder = None if selection.cases is None else Path(selection.cases)
-    cases = select(selection.selectors, suite=selection.suite, folder=folder)
+    cases = selection.seeded(select(selection.selectors, suite=selection.suite, folder=folder))
     registry.check(selection.implementation)
     now, then = {case.id: definition_of(case) for case in cases}, run.get("definitions") or {}
     changed = [case for case, hashed in now.items() if then.get(case, hashed) != hashed]

@@ -249,11 +249,14 @@ class Selection:
     is_given: bool = False
     """Whether the user named the implementation, so that a command must, too; else the case files
     are about it."""
+    seed: int | None = None
+    """Drawn from in the place of the cases' own."""
 
     @classmethod
     def of(
         cls, cases: Sequence[Case], *, selectors: Sequence[str] = (), suite: str | None = None,
         folder: Path | None = None, implementation: str | None = None, device: str = "cpu",
+        seed: int | None = None,
     ) -> Selection:  # fmt: skip
         """Note what was asked for and the cases that it chose; without a name theirs is judged.
 
@@ -263,14 +266,14 @@ class Selection:
         name = implementation or implementation_of(cases)
         return cls(
             tuple(selectors), suite, None if folder is None else str(folder), name, device,
-            outside_files(cases, folder), is_given=implementation is not None,
+            outside_files(cases, folder), is_given=implementation is not None, seed=seed,
         )  # fmt: skip
 
     @classmethod
     def from_run(cls, run: Mapping[str, Any]) -> Selection:
         """Read it back from run.json; what is missing has its default."""
         stored = run.get("selection") or {}
-        known = {key: stored[key] for key in cls.__dataclass_fields__ if stored.get(key)}
+        known = {k: stored[k] for k in cls.__dataclass_fields__ if stored.get(k) not in (None, "")}
         other = known.get("implementation", DEFAULT_IMPLEMENTATION) != DEFAULT_IMPLEMENTATION
         is_given = stored.get("is_given", other)  # older runs do not say
         return cls(
@@ -291,7 +294,15 @@ class Selection:
             words += ["--implementation", self.implementation]
         if self.device != "cpu":
             words += ["--device", self.device]
+        if self.seed is not None:
+            words += ["--seed", str(self.seed)]
         return shlex.join(words)
+
+    def seeded(self, cases: Iterable[Case]) -> list[Case]:
+        """Give the cases the seed that was asked for."""
+        if self.seed is None:
+            return list(cases)
+        return [case.model_copy(update={"seed": self.seed}) for case in cases]
 
 
 def outside_files(cases: Iterable[Case], folder: Path | None = None) -> dict[str, str]:

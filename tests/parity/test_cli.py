@@ -65,6 +65,27 @@ def defect(_case: Case) -> list[Row]:
     raise ZeroDivisionError("a defect")
 
 
+def test_another_seed_reaches_the_judge_and_the_rerun_command(folder: Path) -> None:
+    """Also after the run was cut off."""
+    seeds: list[int] = []
+
+    def failing(case: Case) -> list[Row]:
+        seeds.append(case.seed)
+        return scaled(case)
+
+    judge = FakeJudge(answers={"w4": failing})
+    done = parity("run", FOUR, "--seed", "7", "--out", "out", judge=judge)
+    assert seeds == [7, 7, 7, 7]
+    assert "--seed 7" in done.stdout
+    results = folder / "out" / "results.jsonl"
+    first = json.loads(results.read_text().splitlines()[0])["case"]
+    lines = [x for x in results.read_text().splitlines(True) if json.loads(x)["case"] == first]
+    results.write_text("".join(lines))
+    parity("run", "--resume", "out", judge=judge)
+    assert len(seeds) > 4
+    assert {*seeds} == {7}
+
+
 # --- run: exit codes ----------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from fold_impl.checkpoint import CheckpointError, Checkpointing, OptimizerState
 from fold_impl.checks import check
 from fold_impl.config import ConfigError, FoldConfig
 from fold_impl.convert import fold
-from fold_impl.families import FoldedParameter
+from fold_impl.families import FoldedParameter, rule_of
 from fold_impl.groups import FoldGroups, NewGroup, build_groups
 from fold_impl.moe import FoldedMoE
 from fold_impl.optimizers import make_optimizer
@@ -115,6 +115,19 @@ class NativeEngine(Checkpointing):
                 micro_batch=micro_batch,
                 gas=gas,
             )
+
+    def broadcast_weights(self) -> None:
+        """Give every rank the weights of the first rank that holds the same parts.
+
+        Who must call: every rank of the stage.
+        """
+        kinds: dict[tuple[str, torch.dtype], list[Tensor]] = {}
+        for member in self.folded_parameters:
+            axis = rule_of(member.placement, partial=member.partial).axis()
+            weight = member.parameter.detach()
+            kinds.setdefault((axis, weight.dtype), []).append(weight)
+        for (axis, _), weights in kinds.items():
+            getattr(self.groups, axis).broadcast(weights)
 
     def allreduce_gradients(self) -> None:
         """Reduce the accumulated gradients; `step` does so where it has not been done."""
@@ -240,7 +253,8 @@ def initialize(
     """Fold a model over the ranks of the job and wrap it in an engine.
 
     Args:
-        model: full model with the same weights on every rank; changed in place.
+        model: full model; changed in place. Ranks that hold the same part of a weight begin with
+            that of the first of them, however theirs were drawn.
         config: DeepSpeed-style config; folding is the coexistence of its sections
             `tensor_parallel` and `expert_parallel`.
         optimizer: optimizer over the model's parameters without state, or None to make the one
@@ -262,6 +276,8 @@ def initialize(
     engine = build_engine(
         model, parsed, rank, optimizer, model_parameters, lr_scheduler=lr_scheduler
     )
+    if isinstance(engine, NativeEngine):  # DeepSpeed's does so itself
+        engine.broadcast_weights()
     return engine, engine.optimizer, None, engine.lr_scheduler
 
 

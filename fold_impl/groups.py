@@ -11,12 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import _broadcast_coalesced
 
 from fold_impl.layout import FoldAxis, FoldLayout
 from fold_impl.points import Points
 
 NewGroup = Callable[[Sequence[int]], Any]
+BROADCAST_BYTES = 1 << 28
+"""Size of one message when engines start: torch's DistributedDataParallel takes 250 MiB."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,14 @@ class Group:
     def size(self) -> int:
         """Number of ranks."""
         return len(self.ranks)
+
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Give every rank the first one's values: broadcast, flat, BROADCAST_BYTES at a time.
+
+        Who must call: all of the group, with tensors of the same shapes.
+        """
+        if self.handle is not None and tensors:
+            _broadcast_coalesced(self.handle, tensors, BROADCAST_BYTES, 0)
 
 
 @dataclass(frozen=True)

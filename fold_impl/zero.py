@@ -22,7 +22,6 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaleConfig, LossScaleProfile
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch._C._distributed_c10d import _broadcast_coalesced
 
 from fold_impl import states
 from fold_impl.balance import CorrectionBias
@@ -47,8 +46,6 @@ from fold_impl.zero_plan import Plan, make_plan, split_groups
 ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, Lion)
 """Optimizers that may see a flat piece of several parameters: they treat each entry alone."""
 
-BROADCAST_BYTES = 1 << 28
-"""Size of one message when engines start: torch's DistributedDataParallel takes 250 MiB."""
 SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What a dynamic loss scale remembers; ZeRO-0's has no hysteresis."""
 
@@ -184,13 +181,11 @@ class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
     def _broadcast_model(self) -> None:
         """Give every rank the weights of the first rank that holds the same parts.
 
-        broadcast: over each kind's replicas, flat, BROADCAST_BYTES at a time where DeepSpeed sends
-        parameter by parameter. Who must call: all of them.
+        In few messages, where DeepSpeed sends parameter by parameter. Who must call: all ranks.
         """
         for kind in self.plan.kinds():
             members = [m for m in self.plan.members if m.kind.name == kind.name]
-            tensors = [m.folded.parameter.detach() for m in members]
-            _broadcast_coalesced(kind.replicas.handle, tensors, BROADCAST_BYTES, 0)
+            kind.replicas.broadcast([m.folded.parameter.detach() for m in members])
 
     def _configure_fp16_optimizer(self, optimizer: Any, low_precision_dtype: torch.dtype) -> Any:
         scales = LossScaleConfig(

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import fold_impl
 from fold_impl.config import ConfigError, FoldConfig
 from fold_impl.engine import NativeEngine, build_engine
+from fold_impl.families import rule_of
+from fold_impl.layout import FoldLayout
 from fold_impl.moe import FoldedMoE
 from fold_impl.points import Points
 from parity import case, models
@@ -507,3 +509,30 @@ def test_updating_before_clipping_leaves_the_deltas_unclipped() -> None:
     train(engine, [0])
     delta = weights(model)["head.weight"] - before
     torch.testing.assert_close(delta, -LR * expected["head.weight"])
+
+
+def test_ranks_that_drew_other_weights_begin_with_the_same() -> None:
+    """As with DeepSpeed: replicas take the weights of the first rank that holds the same part."""
+    sections = {
+        "tensor_parallel": {"autotp_size": 2},
+        "expert_parallel": {"enabled": True, "autoep_size": 2},
+    }
+
+    def work(runtime: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        model = models.build(SPEC, runtime.rank, idle_expert=False)
+        engine, *_ = fold_impl.initialize(model, {**written(), **sections})
+        places = {m.name: m.placement for m in engine.folded_parameters}
+        return {m.name: m.parameter.detach() for m in engine.folded_parameters}, places
+
+    found = run_ranks(4, work)
+    _, places = found[0]
+    layout = FoldLayout(4, tp_size=2, ep_size=2)
+    first_of = {"stage": [0, 0, 0, 0], "dp": [0, 1, 0, 1], "edp": [0, 1, 0, 1]}
+    drawn = [dict(models.build(SPEC, r, idle_expert=False).named_parameters()) for r in range(4)]
+    for rank, (weights_of, _) in enumerate(found):
+        for name, weight in weights_of.items():
+            holder = first_of[rule_of(places[name]).axis()][rank]
+            assert torch.equal(weight, found[holder][0][name]), (rank, name)
+            if weight.shape == drawn[0][name].shape:  # held whole: the first rank's draw
+                assert torch.equal(weight, drawn[0][name]), (rank, name)
+    assert [g[0] for g in layout.groups("dp")] == [g[0] for g in layout.groups("edp")] == [0, 1]

@@ -11,10 +11,10 @@ on an axis, and the group through r is the arithmetic progression with that stri
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 FoldAxis = Literal["tp", "dp", "ep", "etp", "edp", "stage", "expert_model"]
-FOLD_AXES: tuple[FoldAxis, ...] = ("tp", "dp", "ep", "etp", "edp", "stage", "expert_model")
+FOLD_AXES: tuple[FoldAxis, ...] = get_args(FoldAxis)
 
 
 class LayoutError(ValueError):

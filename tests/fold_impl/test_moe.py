@@ -438,6 +438,43 @@ def test_forced_experts_replace_the_own_choice() -> None:
     assert [bool(g.any()) for g in found] == [True, False, False, True, *[False] * 4]
 
 
+def test_tokens_are_counted_where_it_is_asked_for_and_only_in_training() -> None:
+    """Every forward that trains adds its assignments per expert; an idle expert counts 0."""
+
+    def work(runtime: Any) -> Tensor:
+        model = holder(SPEC)
+        fold(model, preset(SPEC), fold_groups(runtime, FoldLayout(2, 2, 2)), NO_LOSS, Points())
+        layer = model.moe
+        assert isinstance(layer, FoldedMoE)
+        layer.load_E = torch.zeros(SPEC.experts, dtype=torch.int64)
+        x, forced_TK = random(3, SPEC.hidden, seed=3), torch.tensor([[0, 2], [2, 3], [2, 0]])
+        layer.forced_TK = forced_TK
+        model(x)
+        model(x)
+        with torch.no_grad():
+            model(x)
+        model.eval()(x)
+        return layer.load_E
+
+    for load_E in run_ranks(2, work):
+        assert load_E.tolist() == [4, 0, 6, 2, 0, 0, 0, 0]
+
+
+def test_routing_weights_of_a_higher_precision_leave_the_output_in_the_models() -> None:
+    """A gate that works in float64 beside a float32 model: the layer's output stays float32."""
+
+    def work(runtime: Any) -> torch.dtype:
+        model = holder(SPEC).float()
+        model.moe.router = OwnGate(model.moe.router)  # type: ignore[assignment]
+        table = {**models.preset(SPEC), "moe": "moe", "top_k": None}
+        groups = fold_groups(runtime, FoldLayout(2, 2, 2))
+        fold(model, Preset.from_dict(table), groups, NO_LOSS, Points())
+        dtype: torch.dtype = model(random(3, SPEC.hidden, seed=3).float()).dtype
+        return dtype
+
+    assert run_ranks(2, work) == [torch.float32] * 2
+
+
 def test_the_shape_of_the_input_is_kept() -> None:
     """(B, S, H) in, (B, S, H) out, the same numbers as for (B * S, H)."""
 
@@ -462,7 +499,7 @@ class OwnGate(nn.Module):
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Choose by softmax, normalised over the chosen two."""
-        logits_TE = nn.functional.linear(x_TH, self.weight)
+        logits_TE = nn.functional.linear(x_TH, self.weight).double()
         weights_TK, indices_TK = logits_TE.softmax(-1).topk(2)
         return logits_TE, weights_TK / weights_TK.sum(-1, keepdim=True), indices_TK
 

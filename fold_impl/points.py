@@ -66,10 +66,10 @@ POINTS: dict[str, str] = {
 """Point -> what passes there."""
 ON_NATIVE_ENGINE = frozenset(
     {"batch.loss"}
-    | {point for point in POINTS if point.startswith(("clip.", "step."))}
+    | {point for point in POINTS if point.startswith(("norm.", "clip.", "step."))}
     | {point for point in POINTS if point.startswith("reduce.")} - {"reduce.rule"}
 )
-"""Points that the native engine alone passes; DeepSpeed's has code of its own in their place."""
+"""Points that DeepSpeed's engine does not pass at every stage: it has code of its own there."""
 
 
 class Points:

@@ -243,9 +243,32 @@ def test_sizes_that_do_not_tile_are_refused_with_what_would(
     assert f"{key} = {value!r}" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ((9, 1, 1, 1, 2), "pp_size = 2: does not tile the world of 9 ranks; allowed: 1, 3, 9"),
+        ((8, 2, 3), "ep_size = 3: does not tile the stage of 8 ranks; allowed: 1, 2, 4, 8"),
+        (
+            (12, 2, 4, 2),
+            "ep_size = 4: does not tile the stage of 12 ranks beside etp 2; allowed: 1, 2, 3, 6",
+        ),
+        ((6, 4), "tp_size = 4: does not tile the stage of 6 ranks; allowed: 1, 2, 3, 6"),
+        ((4, -1), "tp_size = -1: not a positive integer; allowed: 1, 2, 3, ..."),
+    ],
+)
+def test_a_refusal_reads_as_a_sentence(sizes: tuple[Any, ...], text: str) -> None:
+    """Which size, what of it is wrong, beside what, and what would do."""
+    with pytest.raises(LayoutError) as caught:
+        FoldLayout(*sizes)
+    assert str(caught.value) == text
+
+
 def test_unknown_axis_and_rank_are_refused() -> None:
     """A typing slip must not read as an empty table."""
-    with pytest.raises(LayoutError, match="no such axis"):
+    with pytest.raises(LayoutError) as caught:
         FoldLayout(4).groups("cp")  # type: ignore[arg-type]
-    with pytest.raises(LayoutError, match="rank = 4: no such rank; allowed: 0 to 3"):
-        FoldLayout(4).rank_in("tp", 4)
+    axes = "tp, dp, ep, etp, edp, stage, expert_model"
+    assert str(caught.value) == f"axis = 'cp': no such axis; allowed: {axes}"
+    for rank in (4, -1):
+        with pytest.raises(LayoutError, match=f"rank = {rank}: no such rank; allowed: 0 to 3"):
+            FoldLayout(4).rank_in("tp", rank)

@@ -38,7 +38,7 @@ _METRICS = ("ratio", "scale", "residual", "error", "threshold")
 _OPTIONAL = ("reason", "detail")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One comparison of one tensor (or of the whole model), or one errored or skipped case.
 
@@ -98,7 +98,7 @@ class Row:
         return strict
 
     def _named(self) -> dict[str, Any]:
-        row = {"schema": self.schema, **vars(self)}
+        row = {"schema": self.schema, **{name: getattr(self, name) for name in self.__slots__}}
         return {k: v for k, v in row.items() if v is not None or k not in _OPTIONAL}
 
     def to_json(self) -> str:
@@ -137,6 +137,17 @@ class Row:
         if not isinstance(row, dict):
             raise UsageError(f"not a row of results: {line[:80]!r}")
         return cls.from_dict(row)
+
+
+def _sharing(row: Row, shared: dict[Any, Any]) -> Row:
+    """Let rows that say the same hold one object: a case has hundreds, a run 10^5 of them."""
+    for name in ("shape", "engine"):
+        value = getattr(row, name)
+        object.__setattr__(row, name, shared.setdefault(tuple(value.items()), value))
+    for name in ("case", "implementation", "against", "quantity", "family", "tensor", "verdict"):
+        value = getattr(row, name)
+        object.__setattr__(row, name, shared.setdefault(value, value))
+    return row
 
 
 @functools.cache
@@ -344,12 +355,15 @@ class RunDirectory:
             UsageError: a whole line is not a row.
         """
         rows: list[Row] = []
-        lines = self.results.read_bytes().split(b"\n")[:-1]
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(Row.from_json(line.decode()))
-            except (ValueError, UsageError) as problem:
-                raise UsageError(f"{self.results}:{number}: {problem}") from None
+        shared: dict[Any, Any] = {}
+        with open(self.results, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    rows.append(_sharing(Row.from_json(line.decode()), shared))
+                except (ValueError, UsageError) as problem:
+                    raise UsageError(f"{self.results}:{number}: {problem}") from None
         return rows
 
     def keep_finished(self, definitions: Mapping[str, str] | None = None) -> list[Row]:

@@ -230,7 +230,10 @@ class ParityPlugin:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Note the largest world, which the ranks must have room for, and what they run."""
         cases = [item.case for item in session.items if isinstance(item, CaseItem)]
-        self._largest_world = max((case.shape.world for case in cases), default=0)
+        if cases:
+            from parity.session import processes_of
+
+            self._largest_world = max(map(processes_of, cases))
         self._engines = {case.engine.name for case in cases}
         self._note(item.nodeid for item in session.items if isinstance(item, CaseItem))
 

@@ -137,7 +137,7 @@ def judged(
     Raises:
         UsageError: the run as a whole cannot work as asked for.
     """
-    ranks = max(MAX_LIVE_RANKS // jobs, *(case.shape.world for case in cases), 1)
+    ranks = max(MAX_LIVE_RANKS // jobs, *map(processes_of, cases), 1)
     opened = functools.partial(
         _opened, opener, implementation, device, ranks, sorted({c.engine.name for c in cases})
     )
@@ -168,6 +168,11 @@ def _judge_case_of(implementation: str, judge: Judging, case: Case) -> Finished:
 def _lost(implementation: str, case: Case, how: str) -> Finished:
     row = _error(case, implementation, f"the judge of the case died: {how}", {"kind": "harness"})
     return Finished(case.id, (row,), 0.0, definition_of(case))
+
+
+def processes_of(case: Case) -> int:
+    """Count the processes that a case's ranks are."""
+    return 1 if case.engine.backend == "threads" else case.shape.world
 
 
 def default_jobs(cases: Iterable[Case], device: str) -> int:

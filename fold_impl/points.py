@@ -64,12 +64,6 @@ POINTS: dict[str, str] = {
     "checkpoint.part": "loaded part before it is set; context: name, family, state, layout, saved",
 }
 """Point -> what passes there."""
-ON_NATIVE_ENGINE = frozenset(
-    {"batch.loss"}
-    | {point for point in POINTS if point.startswith(("norm.", "clip.", "step."))}
-    | {point for point in POINTS if point.startswith("reduce.")} - {"reduce.rule"}
-)
-"""Points that DeepSpeed's engine does not pass at every stage: it has code of its own there."""
 
 
 class Points:

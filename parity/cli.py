@@ -227,6 +227,7 @@ def run(
         directory = RunDirectory.open(resume)
         directory.hold()
         selection, cases, kept = _resumed(directory, listed)
+        _check_jobs(jobs, selection.device)
     else:
         suite = suite if selectors else suite or DEFAULT_SUITE
         cases = select(selectors, suite=suite, folder=folder)
@@ -236,6 +237,7 @@ def run(
         )  # fmt: skip
         cases = selection.seeded(cases)
         registry.check(selection.implementation)
+        _check_jobs(jobs, selection.device)
         directory = RunDirectory.create(out, root=REPORTS, commit=commit())
     done = {row.case for row in kept}
     recorder = Recorder(
@@ -244,8 +246,6 @@ def run(
     )  # fmt: skip
     opener: OpenJudge = ctx.obj or open_judge
     left = [case for case in run_order(cases) if case.id not in done]
-    if (jobs or 1) > 1 and selection.device == "cuda":
-        raise UsageError("--jobs: on GPUs one case runs at a time, as it takes every device")
     jobs = jobs or default_jobs(left, selection.device)
     progress = _Progress(len(cases), len(done), quiet)
     state = _run_cases(
@@ -254,6 +254,11 @@ def run(
     code = recorder.exit_code(fail_on)
     print_run(recorder.rows, recorder.selection, directory, style, code, recorder.known)
     ctx.exit(INTERRUPTED if state == "interrupted" else code)
+
+
+def _check_jobs(jobs: int | None, device: str) -> None:
+    if (jobs or 1) > 1 and device == "cuda":
+        raise UsageError("--jobs: on GPUs one case runs at a time, as it takes every device")
 
 
 def _resumed(

@@ -55,7 +55,8 @@ def explain(
         run = RunDirectory.open(directory)
         selection = Selection.from_run(run.run())
         folder = folder or (Path(selection.cases) if selection.cases else None)
-        loaded = _loaded(folder, selection.files or {})
+        known = _loaded(folder, selection.files or {})
+        loaded = dict(zip(known, selection.seeded(known.values()), strict=True))
         results = by_case(run.rows())
         if only is not None and only not in results:
             raise UsageError(f"--case {only}: not in {target}; allowed: {', '.join(results)}")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -439,13 +439,17 @@ def loss_rows(context: RowContext, actual: float, expected: float) -> list[Row]:
 
 
 def grad_norm_rows(
-    context: RowContext, actual: Sequence[float | None], expected: float | None
+    context: RowContext,
+    actual: Sequence[float | None],
+    expected: float | None,
+    limit: float = 0.0,
 ) -> list[Row]:
     """Compare every rank's own global norm with the true one: the worst rank's error <= 64 u.
 
     Norms add relative errors of their tensors in quadrature, so |N1 - N0| / N0 is at most the
     largest tensor error: the gradient's bound holds. An infinite norm is no number: it fails.
     None on every rank: the engine reports no norm, and the row is skipped; on some: it fails.
+    The clipping limit (0: off) stands in the row's detail, for a norm read too late is the limit.
     """
     values = [value for value in actual if value is not None]
     if not values or expected is None:
@@ -456,7 +460,8 @@ def grad_norm_rows(
             )
         ]  # fmt: skip
     whole = [math.inf if value is None else value for value in actual]
-    return [_scalar_row(context, "grad_norm", whole, expected)]
+    row = _scalar_row(context, "grad_norm", whole, expected)
+    return [replace(row, detail={**(row.detail or {}), "limit": limit})]
 
 
 def _scalar_row(

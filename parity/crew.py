@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -90,6 +91,7 @@ def spread(
                     yield lost(item, f"its process ended with {process.exitcode}")
                     continue
                 if isinstance(answer, ParityError):
+                    channel.close()
                     ended.append(process)
                     raise answer
                 hand_out((channel, process))  # it goes on while the caller looks at the answer
@@ -97,8 +99,9 @@ def spread(
     finally:
         for process, _item in busy.values():
             process.terminate()
+        until = time.monotonic() + END_S
         for process in [*ended, *(process for process, _item in busy.values())]:
-            process.join(END_S)
+            process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():
                 process.kill()
 
@@ -107,7 +110,11 @@ def _start(open_tool: Any, work: Any) -> tuple[Connection, BaseProcess]:
     context = multiprocessing.get_context("spawn")  # a fork would carry over threads of torch
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, open_tool, work))
-    process.start()
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # also in the new process
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
     theirs.close()
     return ours, process
 
@@ -115,6 +122,7 @@ def _start(open_tool: Any, work: Any) -> tuple[Connection, BaseProcess]:
 def _serve(channel: Connection, open_tool: Any, work: Any) -> None:
     """Do items until the parent closes the channel."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends us
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.ExitStack() as stack, contextlib.suppress(EOFError):
@@ -124,12 +132,12 @@ def _serve(channel: Connection, open_tool: Any, work: Any) -> None:
             try:
                 if tool is None:
                     tool = stack.enter_context(open_tool(item))
-                answer = work(tool, item)
+                channel.send(work(tool, item))
             except ParityError as error:
-                answer = error
-            except Exception:
-                answer = InfrastructureError(f"a defect of the harness\n{traceback.format_exc()}")
-            channel.send(answer)
+                channel.send(error)
+            except Exception:  # also a result that cannot be sent
+                text = f"a defect of the harness\n{traceback.format_exc()}"
+                channel.send(InfrastructureError(text))
 
 
 def _end_with_parent() -> None:

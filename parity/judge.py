@@ -232,7 +232,7 @@ class Judge:
         truths = self._truths_of(case, model, weights, folded, setting)
         self.last = Comparison(case, folded, plain.run, truths)
         rows = self._rows_of(case, folded, truths, setting, model, weights)
-        rows += self._against_baseline(case, folded, plain.run)
+        rows += self._against_baseline(case, folded, plain.run, setting.clip)
         if case.checkpoint is not None:
             rows += self._resumed_rows(case, folded, resumed, truths, setting, model, weights)
         rows += [replace(row, case=case.id) for row in plain.rows]
@@ -463,7 +463,7 @@ class Judge:
             )
             for kind, tensors in (("gradient", step.gradients), ("parameter", step.after)):
                 rows += compare.replica_rows(about, tensors, placements, layout, kind)  # type: ignore[arg-type]
-            rows += compare.grad_norm_rows(about, step.norms, truth.norm)
+            rows += compare.grad_norm_rows(about, step.norms, truth.norm, setting.clip)
             rows += update.update_rows(
                 about,
                 update.OptimizerStep(
@@ -482,7 +482,7 @@ class Judge:
         ]
         return contributions.annotate(rows, case, model, judged, placements, setting.seed, weights)
 
-    def _against_baseline(self, case: Case, folded: Run, baseline: Run) -> list[Row]:
+    def _against_baseline(self, case: Case, folded: Run, baseline: Run, limit: float) -> list[Row]:
         """Compare the first step only: afterwards the two runs stand at different weights."""
         mine, other = folded.steps[0], baseline.steps[0]
         about = self._context(case, folded.layout, "baseline", 1)
@@ -497,7 +497,7 @@ class Judge:
             folded.layout,
             models.structural_zeros(case.model, case.auxiliary),
         )
-        rows += compare.grad_norm_rows(about, mine.norms, other.norms[0])
+        rows += compare.grad_norm_rows(about, mine.norms, other.norms[0], limit)
         if _is_followed(case) and any(r.quantity == "routing" and r.error != 0.0 for r in rows):
             said = f"routing differs in {case.engine.dtype}"
             rows = [replace(row, verdict="skipped", reason=said) for row in rows]

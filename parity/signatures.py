@@ -441,8 +441,13 @@ def _is_loss_scale(factor: float) -> bool:
 
 
 def _norm_clipped(_: Cause, o: Observation) -> bool:
-    clip = o.setting.clip
-    return 0 < clip < 1 and _norm_is(o, lambda _, ratio: _equal(ratio, clip))
+    def is_limit(row: Row) -> bool:
+        detail = row.detail or {}
+        actual, limit = detail.get("actual") or 0.0, detail.get("limit") or 0.0
+        return limit > 0.0 and math.isclose(actual, limit, rel_tol=1e-3)
+
+    rows = o.bad("grad_norm")
+    return bool(rows) and _gradients_right(o) and all(map(is_limit, rows))
 
 
 def _norm_squared(_: Cause, o: Observation) -> bool:
@@ -468,7 +473,8 @@ def _equal(ratio: float, factor: float) -> bool:
 def _one_factor(cause: Cause, o: Observation) -> bool:
     """Tell whether one factor is all that a norm is wrong by, and no count of copies gives it."""
     at = o.setting
-    counts = [math.sqrt(k) for k in (at.stage, at.dp, at.tp, at.edp) if k > 1]
+    copies = [k for k in (at.stage, at.dp, at.tp, at.edp) if k > 1]
+    counts = [f for k in copies for f in (math.sqrt(k), 1 / math.sqrt(k))]
     counted = _norm_is(o, lambda _, ratio: any(_equal(ratio, k) for k in counts))
     return not counted and any(m(cause, o) for m in (_norm_scaled, _norm_clipped, _norm_squared))
 

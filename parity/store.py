@@ -143,7 +143,7 @@ def _sharing(row: Row, shared: dict[Any, Any]) -> Row:
     """Let rows that say the same hold one object: a case has hundreds, a run 10^5 of them."""
     for name in ("shape", "engine"):
         value = getattr(row, name)
-        object.__setattr__(row, name, shared.setdefault(tuple(value.items()), value))
+        object.__setattr__(row, name, shared.setdefault(json.dumps(value), value))
     for name in ("case", "implementation", "against", "quantity", "family", "tensor", "verdict"):
         value = getattr(row, name)
         object.__setattr__(row, name, shared.setdefault(value, value))
@@ -287,13 +287,14 @@ class RunDirectory:
         Raises:
             UsageError: it holds results, or cannot be made or written.
         """
-        there = next(path for path in (out, *out.absolute().parents) if path.exists())
         with writing(out):
+            there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
             if not there.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             if not os.access(there, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if (out / RESULTS).exists():
+            taken = (out / RESULTS).exists()
+        if taken:
             text = f"holds results already, go on with parity run --resume {out}"
             raise UsageError(f"run directory {out}: {text}")
 

@@ -12,6 +12,7 @@ import ctypes
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ from torch.testing._internal.distributed import multi_threaded_pg
 from parity import trial
 
 T = TypeVar("T")
+END_S = 5.0
+"""Longest wait for threads that are to end."""
 LAST = ":last_worker"
 """End of the key that torch's barrier of a new group waits for."""
 
@@ -75,8 +78,8 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
     excepthook = sys.excepthook  # every init_process_group wraps it once more
     multi_threaded_pg._install_threaded_pg()
     _isolate_threads(True)
+    threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world)]
     try:
-        threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world)]
         with _on_one_core():
             for thread in threads:
                 thread.start()
@@ -85,6 +88,9 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
                 thread.join(0.05)
             if errors:  # a released thread may have gone on to the barrier of the next group
                 _release(store)
+    except BaseException:  # Ctrl-C, or the end of this process: no thread may wait for ever
+        _let_go(threads, store)
+        raise
     finally:
         multi_threaded_pg.ProcessLocalGroup.reset()
         _isolate_threads(False)
@@ -111,6 +117,16 @@ def _on_one_core() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def _let_go(threads: Sequence[threading.Thread], store: HashStore) -> None:
+    """Release the threads from collective after collective until they have ended."""
+    until = time.monotonic() + END_S
+    while any(thread.is_alive() for thread in threads) and time.monotonic() < until:
+        _release(store)
+        for thread in threads:
+            if thread.is_alive():
+                thread.join(0.02)
 
 
 def _release(store: HashStore) -> None:

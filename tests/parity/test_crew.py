@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,8 @@ def work(folder: Path, item: str) -> tuple[str, int]:
         raise UsageError("no such thing")
     if item == "defect":
         raise ZeroDivisionError("of ours")
+    if item == "unspeakable":
+        return item, threading.Lock()  # type: ignore[return-value]
     if item == "hang":
         (folder / f"hangs-{os.getpid()}").touch()
         time.sleep(600)
@@ -102,10 +105,15 @@ def test_a_process_that_dies_costs_its_item_alone(tmp_path: Path) -> None:
 
 def test_what_a_process_raises_is_raised_here(tmp_path: Path) -> None:
     """Errors of use as they are, defects as such, with the lines they came from."""
+    begin = time.monotonic()
     with pytest.raises(UsageError, match="no such thing"):
         spread(tmp_path, ["refuse", "a"])
     with pytest.raises(InfrastructureError, match="ZeroDivisionError: of ours"):
         spread(tmp_path, ["defect", "a"])
+    with pytest.raises(InfrastructureError, match=r"[Cc]an't pickle|cannot pickle"):
+        spread(tmp_path, ["unspeakable", "a"])
+    assert time.monotonic() - begin < crew.END_S
+    assert len(list(tmp_path.glob("ended-*"))) == len(list(tmp_path.glob("begun-*")))
 
 
 def test_no_process_stays_when_the_caller_stops(tmp_path: Path) -> None:
@@ -167,3 +175,4 @@ def test_gpus_are_for_one_case_at_a_time(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.main, command)
     assert result.exit_code == 2
     assert "--jobs" in result.output
+    assert not Path(out).exists()

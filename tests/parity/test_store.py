@@ -221,3 +221,16 @@ def test_text_that_is_no_text_is_written(run: RunDirectory) -> None:
     """A lone surrogate in a message is shown by its number."""
     run.write("report.md", "a \ud800 b")
     assert (run.path / "report.md").read_text() == "a \\ud800 b"
+
+
+def test_rows_share_what_they_have_in_common(tmp_path: Path) -> None:
+    """Equal shapes and engines are one object, whatever a later writer put into them."""
+    directory = RunDirectory.create(tmp_path / "out", root=tmp_path, commit="c")
+    case = select(["w4-tp2-ep4-clip-sgd-fp32"])[0]
+    engine = {**row(case).engine, "options": {"x": 1}}
+    directory.append([row(case, engine=engine), row(case, engine=dict(engine)), row(case)])
+    one, two, other = directory.rows()
+    assert one.engine is two.engine == engine
+    assert one.shape is two.shape is other.shape
+    assert other.engine != engine
+    assert one.case is two.case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from dataclasses import replace
 from typing import Any
@@ -68,6 +69,23 @@ def test_the_first_failing_rank_is_named_and_the_others_released(point: str) -> 
     with pytest.raises(ValueError, match="rank 1 is broken"):
         threads.run(None, order(fault))
     assert len(threads.run(None, order())) == 4  # and the next world is not harmed
+
+
+def test_ctrl_c_leaves_no_thread_behind() -> None:
+    """Ranks in the middle of collectives are let go before their groups are taken away."""
+
+    def work(runtime: threads.ThreadRuntime) -> None:
+        group = runtime.new_group(range(3))
+        while True:
+            dist.all_reduce(torch.ones(1), group=group)
+            if runtime.rank == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        run_ranks(3, work)
+    assert threading.active_count() == before
+    assert run_ranks(2, lambda runtime: runtime.rank) == [0, 1]
 
 
 def test_a_group_is_made_once_and_is_none_for_those_outside() -> None:

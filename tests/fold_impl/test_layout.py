@@ -243,6 +243,13 @@ def test_sizes_that_do_not_tile_are_refused_with_what_would(
     assert f"{key} = {value!r}" in str(error)
 
 
+def test_sizes_that_are_not_given_are_one() -> None:
+    """A world alone is data parallel, in both views."""
+    layout = FoldLayout(6)
+    assert (layout.tp_size, layout.ep_size, layout.etp_size, layout.pp_size) == (1, 1, 1, 1)
+    assert (layout.dp_size, layout.edp_size, layout.stage_size) == (6, 6, 6)
+
+
 @pytest.mark.parametrize(
     ("sizes", "text"),
     [

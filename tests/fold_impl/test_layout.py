@@ -260,6 +260,9 @@ def test_sizes_that_are_not_given_are_one() -> None:
             "ep_size = 4: does not tile the stage of 12 ranks beside etp 2; allowed: 1, 2, 3, 6",
         ),
         ((6, 4), "tp_size = 4: does not tile the stage of 6 ranks; allowed: 1, 2, 3, 6"),
+        ((12, 4, 1, 1, 2), "tp_size = 4: does not tile the stage of 6 ranks; allowed: 1, 2, 3, 6"),
+        ((12, 1, 1, 4, 2), "etp_size = 4: does not tile the stage of 6 ranks; allowed: 1, 2, 3, 6"),
+        ((12, 1, 4, 1, 2), "ep_size = 4: does not tile the stage of 6 ranks; allowed: 1, 2, 3, 6"),
         ((4, -1), "tp_size = -1: not a positive integer; allowed: 1, 2, 3, ..."),
     ],
 )

@@ -207,6 +207,8 @@ class Gang:
     backend: str
     members: list[Member] = field(default_factory=list)
     joined: bool = False
+    runs: int = 0
+    """Tasks it has run."""
 
     @property
     def tokens(self) -> list[int]:
@@ -418,6 +420,7 @@ class GangPool:
         environment: Mapping[str, str] | None = None,
         start_deadline_s: float = 120.0,
         lease_deadline_s: float = 600.0,
+        runs_a_gang: int | None = None,
     ) -> None:
         """Describe the pool.
 
@@ -431,12 +434,14 @@ class GangPool:
             environment: further variables of the server and its ranks.
             start_deadline_s: longest start of the server, and again of a gang.
             lease_deadline_s: longest wait for GPUs.
+            runs_a_gang: a gang that has run so many tasks is replaced by a fresh one; None: never.
         """
         self.preload, self.max_live_ranks, self.backend = tuple(preload), max_live_ranks, backend
         self.log_dir = None if log_dir is None else Path(log_dir).absolute()
         self.visible_devices = tuple(visible_devices)
         self.environment = dict(environment or {})
         self.start_deadline_s, self.lease_deadline_s = start_deadline_s, lease_deadline_s
+        self.runs_a_gang = runs_a_gang
         self._servers: dict[str, Server] = {}
         self._gangs: dict[tuple[int, str], Gang] = {}
         self._ending: list[Gang] = []
@@ -478,6 +483,7 @@ class GangPool:
             gang = self._gang(world, backend or self.backend)
             try:
                 gang.join(self.start_deadline_s)
+                gang.runs += 1
                 return gang.run(task, payloads, deadline_s)
             except Refused:
                 raise
@@ -530,8 +536,8 @@ class GangPool:
             )
         key = world, backend
         gang = self._gangs.get(key)
-        if gang is not None and not gang.whole():
-            self._drop(gang)  # lost while idle: no task of ours is to blame
+        if gang is not None and (gang.runs == self.runs_a_gang or not gang.whole()):
+            self._drop(gang)  # worn out; or lost while idle, and no task of ours is to blame
             gang = None
         if gang is None:
             held = self._devices(world) if backend == "nccl" else ()

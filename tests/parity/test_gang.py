@@ -71,6 +71,11 @@ def surroundings(runtime: RankRuntime, names: Sequence[str]) -> dict[str, Any]:
     return {**values, "threads": torch.get_num_threads(), "device": str(runtime.device)}
 
 
+def own_pid(runtime: RankRuntime, payload: Any) -> int:
+    """Give the rank's process id."""
+    return os.getpid()
+
+
 def server_pid(runtime: RankRuntime, payload: Any) -> int:
     """Give the process that this rank was forked from."""
     return os.getppid()
@@ -473,3 +478,11 @@ def test_importing_the_pool_is_cheap() -> None:
     """The caller starts the server before it imports torch itself."""
     code = "import sys, parity.gang; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_worn_out_gang_is_replaced() -> None:
+    """After so many runs other processes answer."""
+    with GangPool(PRELOAD[:2], max_live_ranks=2, runs_a_gang=2) as pool:
+        pids = [tuple(pool.run(2, f"{__name__}:own_pid", [None] * 2, 20.0)) for _ in range(5)]
+    assert pids[0] == pids[1] != pids[2]
+    assert pids[2] == pids[3] != pids[4]

@@ -65,6 +65,7 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
     """
     results: list[Any] = [None] * world
     errors: list[BaseException] = []
+    ended: list[int] = []
     store = HashStore()
 
     def main(rank: int) -> None:
@@ -74,6 +75,8 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
         except BaseException as error:  # SystemExit too: it is how the others are released
             errors.append(error)
             _release(store)
+        finally:
+            ended.append(rank)
 
     excepthook = sys.excepthook  # every init_process_group wraps it once more
     multi_threaded_pg._install_threaded_pg()
@@ -89,7 +92,7 @@ def run_ranks(world: int, work: Callable[[ThreadRuntime], T]) -> list[T]:
             if errors:  # a released thread may have gone on to the barrier of the next group
                 _release(store)
     except BaseException:  # Ctrl-C, or the end of this process: no thread may wait for ever
-        _let_go(threads, store)
+        _let_go(sum(thread.ident is not None for thread in threads), ended, store)
         raise
     finally:
         multi_threaded_pg.ProcessLocalGroup.reset()
@@ -119,14 +122,15 @@ def _on_one_core() -> Iterator[None]:
         os.sched_setaffinity(0, allowed)
 
 
-def _let_go(threads: Sequence[threading.Thread], store: HashStore) -> None:
-    """Release the threads from collective after collective until they have ended."""
+def _let_go(started: int, ended: Sequence[int], store: HashStore) -> None:
+    """Release the threads from collective after collective until they have ended.
+
+    A join that Ctrl-C has cut short may take a running thread for one that has ended (3.11).
+    """
     until = time.monotonic() + END_S
-    while any(thread.is_alive() for thread in threads) and time.monotonic() < until:
+    while len(ended) < started and time.monotonic() < until:
         _release(store)
-        for thread in threads:
-            if thread.is_alive():
-                thread.join(0.02)
+        time.sleep(0.01)
 
 
 def _release(store: HashStore) -> None:

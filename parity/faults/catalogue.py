@@ -658,7 +658,6 @@ _STEP = (
         "norm-averaged", "norm.total", "scaled", "norm-shards-not-combined",
         "grad_norm only, s = 1 / sqrt(ranks)", "world > 1", _options(factor="=world ** -0.5"),
         imitates="all-reduce of squares with AVG in the place of SUM",
-        cannot=(Blind("world == 1", "mean of one"),),
     ),
     Fault(
         "norm-local", "norm.reduce", "no_collective", "norm-shards-not-combined",

@@ -127,14 +127,21 @@ def _noting_interrupts(pressed: list[int]) -> Iterator[None]:
         pressed.append(number)
         signal.default_int_handler(number, frame)
 
+    with _handling(signal.SIGINT, note):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle a signal in another way for a block; only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 folder_option = click.option(
@@ -315,14 +322,8 @@ def terminate_as_interrupt() -> Iterator[None]:
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    with _handling(signal.SIGTERM, interrupt):
         yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Progress:

@@ -30,11 +30,6 @@ END_S = 15.0
 """Longest wait for a worker to end its ranks."""
 
 
-def cores() -> int:
-    """Count the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def spread(
     items: Iterable[Item],
     jobs: int,
@@ -97,10 +92,11 @@ def spread(
                 hand_out((channel, process))  # it goes on while the caller looks at the answer
                 yield answer
     finally:
-        for process, _item in busy.values():
+        left = [process for process, _ in busy.values()]
+        for process in left:
             process.terminate()
         until = time.monotonic() + END_S
-        for process in [*ended, *(process for process, _item in busy.values())]:
+        for process in [*ended, *left]:
             process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():
                 process.kill()

@@ -26,7 +26,7 @@ from parity import crew
 from parity.case import Case
 from parity.case_files import find_folder
 from parity.errors import InfrastructureError, UsageError
-from parity.fingerprint import commit, fingerprint, versions, visible_gpus
+from parity.fingerprint import commit, cores, fingerprint, versions, visible_gpus
 from parity.known import Assessment, FailOn, KnownFindings, assess
 from parity.report import ctrf, html, junit, markdown, tables
 from parity.report.cells import cells
@@ -146,34 +146,17 @@ def judged(
         UsageError: the run as a whole cannot work as asked for.
     """
     ranks = max(MAX_LIVE_RANKS // jobs, *map(processes_of, cases), 1)
-    opened = functools.partial(
-        _opened, opener, implementation, device, ranks, sorted({c.engine.name for c in cases})
-    )
+    engines = sorted({case.engine.name for case in cases})
     return crew.spread(
         cases,
         jobs,
-        opened,
-        functools.partial(_judge_case_of, implementation),
-        functools.partial(_lost, implementation),
+        functools.partial(opener, implementation, device, max_live_ranks=ranks, engines=engines),
+        functools.partial(judge_case, implementation=implementation),
+        functools.partial(_lost, implementation=implementation),
     )
 
 
-def _opened(
-    opener: OpenJudge,
-    implementation: str,
-    device: str,
-    ranks: int,
-    engines: Collection[str],
-    first: Case,
-) -> AbstractContextManager[Judging]:
-    return opener(implementation, device, first, max_live_ranks=ranks, engines=engines)
-
-
-def _judge_case_of(implementation: str, judge: Judging, case: Case) -> Finished:
-    return judge_case(judge, case, implementation)
-
-
-def _lost(implementation: str, case: Case, how: str) -> Finished:
+def _lost(case: Case, how: str, implementation: str) -> Finished:
     row = _error(case, implementation, f"the judge of the case died: {how}", {"kind": "harness"})
     return Finished(case.id, (row,), 0.0, definition_of(case))
 
@@ -191,7 +174,7 @@ def default_jobs(cases: Iterable[Case], device: str) -> int:
     if device != "cpu":
         return 1
     on_one_core = sum(case.engine.backend == "threads" for case in cases)
-    return max(1, min(crew.cores(), on_one_core // CASES_A_JOB))
+    return max(1, min(cores(), on_one_core // CASES_A_JOB))
 
 
 def judge_case(judge: Judging, case: Case, implementation: str) -> Finished:

@@ -430,9 +430,7 @@ def _norm_scaled(_: Cause, o: Observation) -> bool:
     """One factor on every norm, of gradients that it is still to be, or was already, taken off."""
     at = o.setting
     factors = [f for k in {at.gas, at.dp, at.stage} - {1} for f in (float(k), 1 / k)]
-    return _norm_is(
-        o, lambda _, ratio: any(_equal(ratio, f) for f in factors) or _is_loss_scale(ratio)
-    )
+    return _norm_is(o, lambda r: _has_ratio(r, *factors) or _is_loss_scale(r.ratio or 0.0))
 
 
 def _is_loss_scale(factor: float) -> bool:
@@ -446,28 +444,22 @@ def _norm_clipped(_: Cause, o: Observation) -> bool:
         actual, limit = detail.get("actual") or 0.0, detail.get("limit") or 0.0
         return limit > 0.0 and math.isclose(actual, limit, rel_tol=1e-3)
 
-    rows = o.bad("grad_norm")
-    return bool(rows) and _gradients_right(o) and all(map(is_limit, rows))
+    return _norm_is(o, is_limit)
 
 
 def _norm_squared(_: Cause, o: Observation) -> bool:
-    return _norm_is(o, lambda expected, ratio: _equal(ratio, expected))
+    return _norm_is(o, lambda r: _has_ratio(r, (r.detail or {}).get("expected") or 0.0))
 
 
-def _norm_is(o: Observation, holds: Callable[[float, float], bool]) -> bool:
-    """Tell whether only the norm is wrong, and every rank's by a ratio that the condition tells."""
+def _norm_is(o: Observation, holds: Callable[[Row], bool]) -> bool:
+    """Tell whether only the norm is wrong, and every rank's as the condition says."""
     rows = o.bad("grad_norm")
-    found = [((r.detail or {}).get("expected"), r.ratio) for r in rows]
-    return (
-        bool(rows)
-        and _gradients_right(o)
-        and all(e is not None and ratio is not None and holds(e, ratio) for e, ratio in found)
-    )
+    return bool(rows) and _gradients_right(o) and all(map(holds, rows))
 
 
-def _equal(ratio: float, factor: float) -> bool:
+def _has_ratio(row: Row, *factors: float) -> bool:
     """Compare a norm's ratio: the 1e-6 beside a clipping limit and float32 stay below this."""
-    return math.isclose(ratio, factor, rel_tol=1e-5)
+    return any(math.isclose(row.ratio or 0.0, factor, rel_tol=1e-5) for factor in factors if factor)
 
 
 def _one_factor(cause: Cause, o: Observation) -> bool:
@@ -475,15 +467,14 @@ def _one_factor(cause: Cause, o: Observation) -> bool:
     at = o.setting
     copies = [k for k in (at.stage, at.dp, at.tp, at.edp) if k > 1]
     counts = [f for k in copies for f in (math.sqrt(k), 1 / math.sqrt(k))]
-    counted = _norm_is(o, lambda _, ratio: any(_equal(ratio, k) for k in counts))
-    return not counted and any(m(cause, o) for m in (_norm_scaled, _norm_clipped, _norm_squared))
+    if _norm_is(o, lambda r: _has_ratio(r, *counts)):
+        return False
+    return any(m(cause, o) for m in (_norm_scaled, _norm_clipped, _norm_squared))
 
 
 def _norm_high(cause: Cause, o: Observation) -> bool:
-    rows = o.bad("grad_norm")
     most = math.sqrt(o.setting.stage) * (1 + 1e-5)  # every rank has a copy of everything
-    high = all(1.0 < (r.ratio or 0.0) <= most for r in rows)
-    return _gradients_right(o) and bool(rows) and high and not _one_factor(cause, o)
+    return _norm_is(o, lambda r: 1.0 < (r.ratio or 0.0) <= most) and not _one_factor(cause, o)
 
 
 def _norm_low(cause: Cause, o: Observation) -> bool:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parity import crew
 from parity.case_files import select
 from parity.errors import InfrastructureError, UsageError, writing
+from parity.fingerprint import cores
 
 if TYPE_CHECKING:
     from parity.faults.catalogue import Fault
@@ -83,7 +83,7 @@ def run(
         tempfile.TemporaryFile(dir=out).close()
     from parity.faults import runs
 
-    jobs = jobs or min(crew.cores(), -(-len(chosen) // FAULTS_A_JOB))
+    jobs = jobs or min(cores(), -(-len(chosen) // FAULTS_A_JOB))
     start = time.perf_counter()
     entries = runs.run_faults(chosen, cases, jobs=jobs, done=_progress)
     runs.write(entries, chosen, out)

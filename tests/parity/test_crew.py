@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,10 +73,10 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_until(holds: object, what: str) -> None:
+def wait_until(holds: Callable[[], object], what: str) -> None:
     """Wait for something to become true."""
     until = time.monotonic() + LIMIT_S
-    while not holds():  # type: ignore[operator]
+    while not holds():
         assert time.monotonic() < until, what
         time.sleep(0.05)
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from parity.collect import Assembled, assemble, bits
@@ -58,8 +57,8 @@ def rebuild(
     found = [result.kept for result in results]
     if any(kept is None for kept in found):
         return None
-    weights = [_tensors(kept.parameters) for kept in found if kept is not None]
-    states = [_tensors(kept.state) for kept in found if kept is not None]
+    weights = [kept.parameters.tensors() for kept in found if kept is not None]
+    states = [kept.state.tensors() for kept in found if kept is not None]
     cuts = {key: _cut(placements[key.partition(_JOINT)[0]], t) for key, t in states[0].items()}
     notes = found[0].notes if found[0] is not None else ()
     return Kept(
@@ -69,10 +68,6 @@ def rebuild(
         {**placements, **cuts},
         notes,
     )
-
-
-def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor | None]:
-    return {name: torch.as_tensor(array) for name, array in arrays.items()}
 
 
 def _cut(placement: Placement, state: Tensor | None) -> Placement:

@@ -615,10 +615,7 @@ def rebuild(case: Case, layout: Layout, results: Sequence[RankResult]) -> Run:
     dtype = getattr(torch, case.engine.dtype)
 
     def whole(kind: str, step: int) -> Assembled:
-        shards = [
-            {name: _tensor(array) for name, array in getattr(r.steps[step], kind).items()}
-            for r in results
-        ]
+        shards = [getattr(result.steps[step], kind).tensors() for result in results]
         return assemble(layout, placements, shards)
 
     steps = []
@@ -642,11 +639,6 @@ def rebuild(case: Case, layout: Layout, results: Sequence[RankResult]) -> Run:
     weights = getattr(torch, results[0].weight_dtype)
     kept = checkpoint.rebuild(layout, placements, results)
     return Run(layout, placements, steps, results[0].absent, taps, weights, kept)
-
-
-def _tensor(array: Any) -> Tensor | None:
-    """Take an array over as it travelled: 16-bit floats as float32, which loses nothing."""
-    return None if array is None else torch.from_numpy(array)
 
 
 def _rounded(weights: Assembled, dtype: torch.dtype) -> Assembled:

@@ -9,7 +9,6 @@ Shapes: B sequences, S tokens each, T = B*S, H hidden, E experts, F expert width
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import threading
@@ -24,6 +23,7 @@ from parity import case as cases
 from parity import hugging_face
 from parity.hugging_face import Gate, HuggingFace
 from parity.implementation import Family
+from parity.template import Template
 
 TIED_SCALE = 0.05
 """Size of the last norm's weight where the embedding is the head: at 1 the logits reach 60, a token
@@ -278,8 +278,8 @@ def build_for(case: cases.Case, seed: int) -> Tiny | HuggingFace:
     if case.model.name == "tiny":
         data = case.data
         with _building:
-            model = _built(case.model, seed, idle_expert=data.idle_expert, ties=data.ties)
-        return copy.deepcopy(model)
+            made = _template(case.model, seed, idle_expert=data.idle_expert, ties=data.ties)
+        return made.copy()
     return hugging_face.build(
         case.model,
         seed,
@@ -290,7 +290,11 @@ def build_for(case: cases.Case, seed: int) -> Tiny | HuggingFace:
 
 _building = threading.Lock()
 """Ranks that are threads ask at once for one model, which takes longer to draw than to copy."""
-_built = functools.lru_cache(maxsize=4)(build)
+
+
+@functools.lru_cache(maxsize=4)
+def _template(spec: cases.Model, seed: int, *, idle_expert: bool, ties: bool) -> Template[Tiny]:
+    return Template(build(spec, seed, idle_expert=idle_expert, ties=ties))
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

@@ -24,6 +24,7 @@ from parity.implementation import (
     find,
 )
 from parity.layout import Layout
+from parity.pieces import Pieces, as_array
 
 FP16_LOSS_SCALE = 128.0
 """Fixed: a dynamic scale begins with steps that overflow and are skipped. A power of two is exact,
@@ -72,12 +73,12 @@ class Order:
 
 @dataclass
 class StepResult:
-    """What one rank read after one step, as CPU tensors (NumPy while they travel)."""
+    """What one rank read after one step; NumPy arrays."""
 
     losses: list[float]
-    before: dict[str, Any]
-    gradients: dict[str, Any]
-    after: dict[str, Any]
+    before: Pieces
+    gradients: Pieces
+    after: Pieces
     grad_norm: float | None
     routing: list[list[Any]]
 
@@ -86,8 +87,8 @@ class StepResult:
 class KeptResult:
     """What one rank held at the checkpoint."""
 
-    parameters: dict[str, Any]
-    state: dict[str, Any]
+    parameters: Pieces
+    state: Pieces
     """Optimizer state by `name|key`."""
     notes: tuple[str, ...]
 
@@ -128,13 +129,13 @@ def run(runtime: Any, order: Order) -> RankResult:
     for step in steps:
         answers = {"parameters()": (step.before, step.after), "gradients()": (step.gradients,)}
         for member, pieces in ((m, p) for m, found in answers.items() for p in found):
-            protocol.check_pieces(member, pieces, placements, full, layout)
+            protocol.check_pieces(member, pieces.tensors(), placements, full, layout)
     weights = {tensor.dtype for tensor in implementation.parameters().values()}
     result = RankResult(
         placements=placements,
         steps=steps,
         absent=tuple(name for name in OPTIONAL if not hasattr(implementation, name)),
-        taps={name: [_array(t) for t in tensors] for name, tensors in record.items()},
+        taps={name: [as_array(t.clone()) for t in tensors] for name, tensors in record.items()},
         weight_dtype=str(min(weights, key=lambda kind: kind.itemsize)).removeprefix("torch."),
         kept=kept,
     )
@@ -179,7 +180,7 @@ def _kept(implementation: Implementation, notes: Sequence[str] | None) -> KeptRe
         for key, value in entries.items()
         if value is not None
     }
-    return KeptResult(_parameters(implementation), _arrays(state), tuple(notes or ()))
+    return KeptResult(_parameters(implementation), Pieces.copied(state), tuple(notes or ()))
 
 
 def _plant(implementation: Implementation, fault: Planted) -> None:
@@ -222,15 +223,15 @@ def _step(
     return StepResult(
         losses=losses,
         before=before,
-        gradients=_arrays(protocol.tensors("gradients()", _gradients(implementation))),
+        gradients=Pieces.copied(protocol.tensors("gradients()", _gradients(implementation))),
         after=_parameters(implementation),
         grad_norm=protocol.norm(getattr(implementation, "grad_norm", _no_norm)()),
-        routing=[[_array(t) for t in layers] for layers in routing],
+        routing=[[as_array(t.clone()) for t in layers] for layers in routing],
     )
 
 
-def _parameters(implementation: Implementation) -> dict[str, Any]:
-    return _arrays(protocol.tensors("parameters()", implementation.parameters()))
+def _parameters(implementation: Implementation) -> Pieces:
+    return Pieces.copied(protocol.tensors("parameters()", implementation.parameters()))
 
 
 def _gradients(implementation: Implementation) -> Mapping[str, Tensor | None]:
@@ -246,18 +247,6 @@ def _no_norm() -> None:
 
 def _on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def _array(tensor: Tensor) -> Any:
-    """Copy a tensor into a NumPy array; 16-bit floats travel as float32, which loses nothing."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor = tensor.float()
-    return tensor.numpy().copy()
-
-
-def _arrays(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
-    return {name: None if t is None else _array(t) for name, t in tensors.items()}
 
 
 def config(order: Order) -> dict[str, Any]:

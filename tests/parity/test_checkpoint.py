@@ -19,6 +19,7 @@ from parity.errors import CaseError
 from parity.implementation import Placement, Shard
 from parity.judge import Judge
 from parity.layout import Layout
+from parity.pieces import Pieces
 from parity.store import FAILING, Row
 from parity.trial import KeptResult, Planted, RankResult
 
@@ -224,8 +225,8 @@ def kept(state: dict[str, list[Any]], weights: Sequence[Sequence[float]] = ((1, 
         RankResult(
             PLACEMENTS, [], (), {}, "float64",
             kept=KeptResult(
-                {"w": torch.tensor(weights[rank], dtype=torch.float64).numpy()},
-                {key: torch.as_tensor(values[rank]).numpy() for key, values in state.items()},
+                Pieces.copied({"w": torch.tensor(weights[rank], dtype=torch.float64)}),
+                Pieces.copied({key: torch.as_tensor(v[rank]) for key, v in state.items()}),
                 (),
             ),
         )

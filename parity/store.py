@@ -13,8 +13,10 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -98,15 +100,21 @@ class Row:
         return strict
 
     def _named(self) -> dict[str, Any]:
-        row = {"schema": self.schema, **{name: getattr(self, name) for name in self.__slots__}}
-        return {k: v for k, v in row.items() if v is not None or k not in _OPTIONAL}
+        row = {"schema": self.schema, **dict(zip(self.__slots__, _values(self), strict=True))}
+        for name in _OPTIONAL:
+            if row[name] is None:
+                del row[name]
+        return row
 
     def to_json(self) -> str:
         """Write the row as one line of strict JSON, without the line end."""
         try:
-            return json.dumps(self._named(), allow_nan=False)
+            return _STRICT.encode(self._named())
         except (TypeError, ValueError):  # a detail is not finite or no plain value: the slow way
-            return json.dumps(self.to_dict(), allow_nan=False)
+            return _STRICT.encode(self.to_dict())
+
+    def __reduce__(self) -> tuple[Callable[..., Row], tuple[Any, ...]]:
+        return _of_values, _values(self)
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Row:
@@ -137,6 +145,18 @@ class Row:
         if not isinstance(row, dict):
             raise UsageError(f"not a row of results: {line[:80]!r}")
         return cls.from_dict(row)
+
+
+_values = operator.attrgetter(*Row.__slots__)
+_STRICT = json.JSONEncoder(allow_nan=False)
+
+
+def _of_values(*values: Any) -> Row:
+    """Make a row of what a row held; dataclasses' own way takes twice as long, for 10^5 of them."""
+    row = object.__new__(Row)
+    for name, value in zip(Row.__slots__, values, strict=True):
+        object.__setattr__(row, name, value)
+    return row
 
 
 def _sharing(row: Row, shared: dict[Any, Any]) -> Row:
@@ -218,10 +238,10 @@ def case_verdict(rows: Iterable[Row]) -> str:
 
 def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Group rows by case id, in the order of their first row."""
-    cases: dict[str, list[Row]] = {}
+    cases: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        cases.setdefault(row.case, []).append(row)
-    return cases
+        cases[row.case].append(row)
+    return dict(cases)
 
 
 class _Selected(BaseModel):

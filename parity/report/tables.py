@@ -131,27 +131,33 @@ def _frame(rows: Sequence[Row], known: Assessment | None) -> Any:
     import pandas as pd  # half a second, only where a report is made
 
     records = []
-    folded = _folded_shapes(rows)
-    for row, label in zip(rows, _shape_labels(rows, folded), strict=True):
-        if label is None:
-            continue
-        marks: tuple[str, ...] = ()
-        if known is not None and row.verdict in FAILING:
-            marks = known.marks_of(row, folded[row.case])
-        judged = row.verdict != "skipped"  # what is below resolution has no number to show
-        scale = _end_to_end_scale(row) if row.quantity == "update" else row.scale
-        scale = row.ratio if scale is None else scale
-        records.append({
-            "case": row.case, "shape": label, "optimizer": str(row.engine.get("optimizer")),
-            "family": row.family or _NONE, "verdict": VERDICTS.index(row.verdict), "finding": marks,
-            f"{row.quantity}_scale": scale if judged else None,
-            f"{row.quantity}_error": row.error if judged else None,
-            f"{row.quantity}_threshold": row.threshold,
-        })  # fmt: skip
-    metrics = [f"{quantity}_{metric}" for quantity in ORDER for metric in _COLUMNS]
-    columns = ["case", "shape", "optimizer", "family", "verdict", "finding", *metrics]
-    frame = pd.DataFrame(records, columns=columns)
-    return frame.astype(dict.fromkeys(metrics, "float64"))
+    for case, of_case in by_case(rows).items():
+        shapes = {id(row.shape): row.shape for row in of_case}.values()  # rows share them
+        folded = max(shapes, key=folding)
+        label = shape_label(folded, of_case[0].engine)
+        for row in of_case:
+            failed, name = row.verdict in FAILING, label
+            if row.shape is not folded and row.shape != folded:
+                if not failed:
+                    continue  # the baseline's own
+                name = f"{label} (baseline)"
+            marks = known.marks_of(row, folded) if known is not None and failed else ()
+            scale = _end_to_end_scale(row) if row.quantity == "update" else row.scale
+            records.append((
+                case, name, str(row.engine.get("optimizer")), row.family or _NONE,
+                VERDICTS.index(row.verdict), marks, row.quantity,
+                row.verdict != "skipped",  # what is below resolution has no number to show
+                row.ratio if scale is None else scale, row.error, row.threshold,
+            ))  # fmt: skip
+    keys = ["case", "shape", "optimizer", "family", "verdict", "finding", "quantity", "judged"]
+    frame = pd.DataFrame(records, columns=[*keys, *_COLUMNS])
+    frame = frame.astype(dict.fromkeys(_COLUMNS, "float64"))
+    for quantity in ORDER:
+        is_its = frame["quantity"] == quantity
+        for metric in _COLUMNS:
+            shown = is_its if metric == "threshold" else is_its & frame["judged"]
+            frame[f"{quantity}_{metric}"] = frame[metric].where(shown)
+    return frame
 
 
 def _lines(frame: Any, keys: list[str], summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -189,27 +195,6 @@ def margin_lines(rows: Iterable[Row]) -> list[dict[str, Any]]:
          "case": row.case}
         for (quantity, dtype), row in ordered
     ]  # fmt: skip
-
-
-def _folded_shapes(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
-    """Give the folded shape of each case."""
-    folded: dict[str, dict[str, int]] = {}
-    for row in rows:
-        known = folded.setdefault(row.case, row.shape)
-        folded[row.case] = max(known, row.shape, key=folding)
-    return folded
-
-
-def _shape_labels(rows: Iterable[Row], folded: Mapping[str, Mapping[str, int]]) -> list[str | None]:
-    """Label each row with its case's folded shape; None: the baseline's own, where it passes."""
-    labels: list[str | None] = []
-    for row in rows:
-        label = shape_label(folded[row.case], row.engine)
-        is_baseline = row.shape != folded[row.case]
-        if is_baseline:
-            label += " (baseline)"
-        labels.append(None if is_baseline and row.verdict not in FAILING else label)
-    return labels
 
 
 def folding(shape: Mapping[str, int]) -> tuple[int, int]:

@@ -307,9 +307,9 @@ def gates(model: nn.Module) -> Sequence[MoE | Gate]:
     return model.gates if isinstance(model, HuggingFace) else moe_layers(model)
 
 
-def force_routing(model: nn.Module, routing: Sequence[Tensor | None]) -> None:
+def force_routing(of: Sequence[MoE | Gate], routing: Sequence[Tensor | None]) -> None:
     """Make every MoE layer use the given (T, K) indices instead of its own choice."""
-    for layer, indices_TK in zip(gates(model), routing, strict=True):
+    for layer, indices_TK in zip(of, routing, strict=True):
         layer.forced_TK = indices_TK
 
 

@@ -138,23 +138,22 @@ def _shares(
     batches: data.StepBatches,
     replay: Sequence[Sequence[Sequence[Tensor]]] | None,
 ) -> _Shares:
-    dp, gas = len(batches), len(batches[0])
+    dp, gas, gates = len(batches), len(batches[0]), models.gates(model)
     total = torch.zeros((), dtype=DTYPE)
     routing: list[list[list[Tensor]]] = [[] for _ in range(dp)]
     margin = float("inf")
     for m in range(gas):
-        logits_by_layer: list[list[Tensor]] = [[] for _ in models.gates(model)]
+        logits_by_layer: list[list[Tensor]] = [[] for _ in gates]
         for r in range(dp):
             if replay is not None:
-                models.force_routing(model, replay[r][m])
+                models.force_routing(gates, replay[r][m])
             loss = functional_call(model, dict(leaves), (), dict(batches[r][m].for_mean(DTYPE)))
             total = total + loss / (dp * gas)
-            layers = models.gates(model)
-            routing[r].append([layer.indices_TK for layer in layers])
-            for index, layer in enumerate(layers):
+            routing[r].append([layer.indices_TK for layer in gates])
+            for index, layer in enumerate(gates):
                 logits_by_layer[index].append(layer.logits_TE)
                 margin = min(margin, _margin(layer, case.data.ties))
-            models.force_routing(model, [None] * len(models.gates(model)))
+            models.force_routing(gates, [None] * len(gates))
         chosen = [[routing[r][m][i] for r in range(dp)] for i in range(len(logits_by_layer))]
         if case.model.name != "tiny":
             continue  # its loss holds its own auxiliary loss
@@ -252,7 +251,7 @@ def shares(
         routing: `Evaluation.routing` of the same step, so that it is not chosen anew.
     """
     leaves = {name: w.detach().to(DTYPE).requires_grad_() for name, w in weights.items()}
-    dp, gas = len(batches), len(batches[0])
+    dp, gas, gates = len(batches), len(batches[0]), models.gates(model)
     is_tiny = case.model.name == "tiny"  # the loss of the others holds its own auxiliary loss
     active = is_tiny and (case.auxiliary.load_balance > 0 or case.auxiliary.z_loss > 0)
     scopes = ("rank", "global") if active else ()
@@ -264,16 +263,16 @@ def shares(
             logits = []
             for r in range(dp):
                 if is_tiny:
-                    models.force_routing(model, routing[r][m])
+                    models.force_routing(gates, routing[r][m])
                 loss = functional_call(model, dict(leaves), (), dict(batches[r][m].for_mean(DTYPE)))
                 main[r].append(_split(loss / (dp * gas), leaves, names))
-                logits.append([layer.logits_TE for layer in models.gates(model)])
+                logits.append([layer.logits_TE for layer in gates])
             picks = [routing[r][m] for r in range(dp)]
             for scope in scopes:
                 for r in range(dp):
                     loss = _auxiliary_of(case, scope, r, logits, picks) / gas
                     auxiliary[scope][r].append(_split(loss, leaves, names))
-    models.force_routing(model, [None] * len(models.gates(model)))
+    models.force_routing(gates, [None] * len(gates))
     tokens = [[int(batch.input_ids.numel()) for batch in row] for row in batches]
     return Shares(main, auxiliary, tokens)
 

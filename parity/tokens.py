@@ -139,7 +139,7 @@ class _Step:
         found: dict[Token, dict[str, Tensor]] = {}
         for r, rank in enumerate(drawn):
             for m, batch in enumerate(rank):
-                models.force_routing(model, routing[r][m])
+                models.force_routing(models.gates(model), routing[r][m])
                 for (b, s), alone in _tokens(batch):
                     loss = functional_call(model, leaves, (), dict(alone.for_mean(DTYPE)))
                     parts = torch.autograd.grad(

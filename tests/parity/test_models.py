@@ -295,9 +295,9 @@ def test_structural_zeros_are_declared_and_nothing_else_is_zero(
 def test_routing_can_be_forced_and_set_free_again() -> None:
     """One tensor per layer; None is the own choice; another number of layers is an error."""
     model = models.build(SPEC, 0, idle_expert=True)
-    models.force_routing(model, [torch.tensor([[0, 1]])] * 2)
+    models.force_routing(models.gates(model), [torch.tensor([[0, 1]])] * 2)
     assert all(layer.forced_TK is not None for layer in models.moe_layers(model))
-    models.force_routing(model, [None, None])
+    models.force_routing(models.gates(model), [None, None])
     assert all(layer.forced_TK is None for layer in models.moe_layers(model))
     with pytest.raises(ValueError, match="shorter"):
-        models.force_routing(model, [None])
+        models.force_routing(models.gates(model), [None])

@@ -142,9 +142,14 @@ def judged(
 ) -> Generator[Finished, None, None]:
     """Judge the cases in one or several processes and give each when it is done.
 
+    Several take worlds of threads first: the large ones, seconds on one core each, would leave the
+    other cores idle at the end.
+
     Raises:
         UsageError: the run as a whole cannot work as asked for.
     """
+    if jobs > 1:
+        cases = sorted(cases, key=lambda case: case.engine.backend != "threads")
     ranks = max(MAX_LIVE_RANKS // jobs, *map(processes_of, cases), 1)
     engines = sorted({case.engine.name for case in cases})
     return crew.spread(

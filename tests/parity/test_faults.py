@@ -26,6 +26,7 @@ from parity import case as cases
 from parity import case_files, causes, threads
 from parity.case import Case
 from parity.cli import main
+from parity.collect import bits
 from parity.compare import FACTOR, UNIT_ROUNDOFF
 from parity.errors import CaseError
 from parity.faults import runs, transforms
@@ -262,15 +263,15 @@ def assert_equivalent(one: Any, other: Any, *, exact: bool, where: str) -> None:
         assert one.losses == other.losses, where
         assert one.grad_norm == other.grad_norm, where
     for kind in ("gradients", "after"):
-        mine, others = getattr(one, kind), getattr(other, kind)
-        size = max(float(torch.as_tensor(t).norm()) for t in mine.values() if t is not None)
-        for name, value in mine.items():
-            a, b = value, others[name]
+        mine, others = getattr(one, kind).tensors(), getattr(other, kind).tensors()
+        size = max(float(t.norm()) for t in mine.values() if t is not None)
+        for name, a in mine.items():
+            b = others[name]
             if exact:
                 assert (a is None) == (b is None), (where, kind, name)
-                assert a is None or a.tobytes() == b.tobytes(), (where, kind, name)
+                assert a is None or torch.equal(bits(a), bits(b)), (where, kind, name)
             else:
-                apart = float((torch.as_tensor(a) - torch.as_tensor(b)).norm())
+                apart = float((a - b).norm())
                 assert apart <= FACTOR * UNIT_ROUNDOFF[torch.float64] * size, (where, kind, name)
 
 

@@ -202,14 +202,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_case(
     done.stderr.fnmatch_lines(["ERROR: cannot write taken/out: Not a directory"])
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize(
-    ("arguments", "selectors"),
+    ("arguments", "selectors", "workers"),
     [
-        (["cases/good.toml"], ["w1-sgd-fp32", "w4-sgd-fp32"]),
-        (["--parity-suite", "good", "tests"], ["w1-sgd-fp32", "w4-sgd-fp32"]),
-        (["cases/good.toml", "-k", "w4"], ["w4-sgd-fp32"]),
-        (["own.toml"], ["own.toml::w1-sgd-fp32", "own.toml::w4-sgd-fp32"]),
+        (["cases/good.toml"], ["w1-sgd-fp32", "w4-sgd-fp32"], "0"),
+        (["--parity-suite", "good", "tests"], ["w1-sgd-fp32", "w4-sgd-fp32"], "2"),
+        (["cases/good.toml", "-k", "w4"], ["w4-sgd-fp32"], "2"),
+        (["own.toml"], ["own.toml::w1-sgd-fp32", "own.toml::w4-sgd-fp32"], "0"),
     ],
 )
 def test_the_run_can_be_gone_on_with(
@@ -217,14 +216,15 @@ def test_the_run_can_be_gone_on_with(
     arguments: list[str], selectors: list[str], workers: str,
 ) -> None:  # fmt: skip
     """run.json names its cases and what was judged, so that --resume does what was lost."""
-    about = 'implementation = "deepspeed"\n'
+    named = "fold_impl.adapter:FoldImplementation"
+    about = f'implementation = "{named}"\n'
     for name in ("cases/good.toml", "own.toml"):
         folder.path.joinpath(name).write_text(about + CASES.format("good", [1, 4]))
     run(folder, *arguments, "-n", workers)
     latest = folder.path / "reports" / "latest"
     selection = json.loads((latest / "run.json").read_text())["selection"]
     assert selection["selectors"] == selectors
-    assert (selection["implementation"], selection["is_given"]) == ("deepspeed", False)
+    assert (selection["implementation"], selection["is_given"]) == (named, False)
     monkeypatch.chdir(folder.path)
     chosen = select(selection["selectors"], suite=selection["suite"])  # as --resume does
     assert [case.id for case in chosen] == [name.rpartition("::")[2] for name in selectors]

@@ -478,7 +478,8 @@ _STEP = (
     Cause(
         "clip-not-applied", "clip",
         "the coefficient never meets the update: clipping ignored, or after the optimizer step",
-        symbol="1/clip", shows=lambda s: 0 < s.clip < 1 and s.optimizer in ("sgd", "momentum"),
+        symbol="1/clip",  # Adam's update hides a factor but for eps, Lion's but for its state
+        shows=lambda s: _and(0 < s.clip < 1, s.optimizer in ("sgd", "momentum") or None),
     ),
     Cause(
         "optimizer-skips-idle", "idle",

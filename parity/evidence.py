@@ -111,6 +111,16 @@ class Observation:
         return [r for r in self.of(quantity) if r.verdict in FAILING]
 
     @property
+    def engine(self) -> str:
+        """Name of the engine; two of them share no step."""
+        return str(self.rows[0].engine["name"])
+
+    @property
+    def is_exact(self) -> bool:
+        """Tell whether what is wrong must show: in 16 bits it may stay below what can be seen."""
+        return self.rows[0].engine["dtype"] in ("float32", "float64")
+
+    @property
     def tolerance(self) -> float:
         """Distance up to which a measured factor is a predicted one."""
         return _TOLERANCES[self.rows[0].engine["dtype"]]

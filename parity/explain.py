@@ -3,7 +3,7 @@
 Owns sets of causes, their intersection over cases, and the sentences about them. Must not know
 tensors, implementations or planted faults. Easy to get wrong: where two causes predict the same
 numbers both are said, never one guess; and a passing case only speaks against a cause that must
-show on it.
+show on it, on an engine that fails elsewhere.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def intersect(
     """
     cells = [observe(rows, (cases or {}).get(rows[0].case)) for rows in results]
     bad = [failing for runs in cells if (failing := [o for o in runs if o.failing])]
-    good = [o for runs in cells for o in runs if not o.failing and o.folded]
+    seen = [o for runs in bad for o in runs]
+    engines = {o.engine for o in seen}  # a step that one does wrong need not be another's
+    passing = [o for runs in cells for o in runs if not o.failing and o.folded]
+    good = [o for o in passing if o.is_exact and o.engine in engines]
     counted = [
         (cause, sum(all(matches(cause, o) for o in runs) for runs in bad))
         for cause in CAUSES
@@ -71,7 +74,6 @@ def intersect(
     if left:
         most = max(count for _, count in left)
         return [cause for cause, count in left if count == most]
-    seen = [o for runs in bad for o in runs]
     return [c for c in CAUSES if c.id in FALLBACKS and any(matches(c, o) for o in seen)]
 
 

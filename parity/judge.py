@@ -453,6 +453,7 @@ class Judge:
         rows = structure_rows(about, case, weights, placements, layout)
         rows += weight_rows(about, [(s.before, s.after) for s in run.steps], weights, placements)
         truths = [_handed_over(truth, placements) for truth in truths]
+        steps: list[update.OptimizerStep] = []
         for number, (step, truth) in enumerate(zip(run.steps, truths, strict=False), start=1):
             about = self._context(case, layout, "reference", number)
             routing = compare.routing_rows(about, step.routing, truth.routing, layout, names)
@@ -464,11 +465,14 @@ class Judge:
             for kind, tensors in (("gradient", step.gradients), ("parameter", step.after)):
                 rows += compare.replica_rows(about, tensors, placements, layout, kind)  # type: ignore[arg-type]
             rows += compare.grad_norm_rows(about, step.norms, truth.norm, setting.clip)
-            rows += update.update_rows(
-                about,
+            steps.append(
                 update.OptimizerStep(
                     step.before, step.after, step.gradients, truth.gradients, setting.clip
-                ),
+                )
+            )
+            rows += update.update_rows(
+                about,
+                steps[-1],
                 true_optimizer,
                 own_optimizer,
                 placements,
@@ -476,6 +480,8 @@ class Judge:
                 weight_dtype=run.weight_dtype,
                 structural_zero=zeros,
             )
+        plain_optimizer = ReferenceOptimizer(case.optimizer, setting.lr)
+        rows = update.beside_unclipped(rows, steps, plain_optimizer)
         judged = [
             contributions.StepTensors(step.ran_on, step.gradients, truth)
             for step, truth in zip(run.steps, truths, strict=False)

@@ -491,13 +491,16 @@ def _update_only(o: Observation) -> bool:
 
 
 def _clip(_: Cause, o: Observation) -> bool:
-    if not _update_only(o) or not 0 < o.setting.clip < 1:
+    """Every delta that is wrong is the one of gradients the limit never met."""
+    if not _update_only(o):
         return False
-    scales = [(r.detail or {}).get("end_to_end_scale") for r in o.bad("update")]
-    if o.setting.optimizer in ("sgd", "momentum"):
-        kept = 1 / o.setting.clip
-        return all(s is not None and math.isclose(s, kept, rel_tol=6e-3) for s in scales)
-    return {str(r.family) for r in o.bad("update")} != {"expert"}
+    return all(map(_is_unclipped, o.bad("update")))
+
+
+def _is_unclipped(row: Row) -> bool:
+    detail = row.detail or {}
+    error, limit = detail.get("unclipped_error"), detail.get("own_threshold")
+    return isinstance(error, float) and isinstance(limit, float) and error <= limit
 
 
 def _update(cause: Cause, o: Observation) -> bool:

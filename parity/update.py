@@ -8,8 +8,8 @@ printed 1.011), so deltas are compared, and a delta far below the weight is lost
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from parity.implementation import Placement
 from parity.layout import Layout
 from parity.leak import leaked_dtype
 from parity.optimizers import ReferenceOptimizer, clip_coefficient
-from parity.store import Row
+from parity.store import FAILING, Row
 
 RESOLUTION = 1e-2
 """Largest rounding floor of an update row that still tells something."""
@@ -150,6 +150,42 @@ def update_rows(
     return rows
 
 
+def beside_unclipped(
+    rows: Sequence[Row], steps: Sequence[OptimizerStep], optimizer: ReferenceOptimizer
+) -> list[Row]:
+    """Write into failing update rows how far the delta is from that of unclipped gradients.
+
+    `detail.unclipped_error` is the error against what the optimizer makes of the engine's own
+    gradients of all steps so far where the limit never meets them: it tells a limit that is not
+    applied from another rule, also under Adam, whose update no factor gives away.
+
+    Args:
+        rows: of one run, those of other quantities too.
+        steps: all steps of the run.
+        optimizer: one that has made no step.
+    """
+    failing = {
+        (row.step, row.tensor)
+        for row in rows
+        if row.quantity == "update" and row.verdict in FAILING and row.tensor
+    }
+    if not failing or not any(step.max_norm for step in steps):
+        return list(rows)
+    errors: dict[tuple[int | None, str | None], float | None] = {}
+    for number, step in enumerate(steps, start=1):
+        before = {name: _weight(step.before, name) for name in step.true_gradient}
+        deltas = optimizer.step(before, _own_gradient(step, before))
+        for name in (tensor for at, tensor in failing if at == number and tensor in deltas):
+            actual = _weight(step.after, name) - before[name]
+            errors[number, name] = metrics(actual, deltas[name]).error
+    return [
+        replace(row, detail={**(row.detail or {}), "unclipped_error": errors[row.step, row.tensor]})
+        if row.quantity == "update" and (row.step, row.tensor) in errors
+        else row
+        for row in rows
+    ]
+
+
 def _weight(assembled: Assembled, name: str) -> Tensor:
     tensor = assembled.tensors.get(name)
     if tensor is None:
@@ -164,16 +200,19 @@ def _expected_deltas(
     own: ReferenceOptimizer,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Advance both reference optimizers, each on gradients clipped by their own norm."""
-    filled = step.own_gradient.filled
     true_gradient = {name: grad.double() for name, grad in step.true_gradient.items()}
-    own_gradient = {
+    return (
+        truth.step(before, _clipped(true_gradient, step.max_norm)),
+        own.step(before, _clipped(_own_gradient(step, before), step.max_norm)),
+    )
+
+
+def _own_gradient(step: OptimizerStep, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    filled = step.own_gradient.filled
+    return {
         name: filled[name].double() if name in filled else torch.zeros_like(weight)
         for name, weight in before.items()
     }
-    return (
-        truth.step(before, _clipped(true_gradient, step.max_norm)),
-        own.step(before, _clipped(own_gradient, step.max_norm)),
-    )
 
 
 def _clipped(gradients: dict[str, Tensor], max_norm: float) -> dict[str, Tensor]:

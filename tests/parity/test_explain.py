@@ -183,6 +183,11 @@ def no_clipping(_: float, **__: Any) -> float:
     return 1.0
 
 
+def negated(value: Tensor, **_: Any) -> Tensor:
+    """Step uphill."""
+    return -value
+
+
 def own_mean(value: Mapping[str, Any], **_: Any) -> dict[str, Any]:
     """Average over this rank's tokens."""
     return {**value, "loss_scale": 1.0 / value["labels"].numel()}
@@ -267,6 +272,41 @@ def test_the_true_cause_is_in_the_printed_set(fault: Fault) -> None:
     left = [c.id for c in explain.intersect([*found.values()], {c.id: c for c in SHAPES.values()})]
     assert fault.cause in left
     assert len(left) <= fault.left, left
+
+
+@pytest.mark.parametrize("eps", [1e-15, 1e-3])
+@pytest.mark.parametrize("name", ["momentum", "adam", "adamw"])
+def test_a_limit_that_is_not_applied_is_told_under_every_optimizer(name: str, eps: float) -> None:
+    """Adam's update shows no factor: the whole step of unclipped gradients is what gives it away.
+
+    Another rule, here a step uphill, is not taken for it.
+    """
+    case_ = SHAPES["lanes"].model_copy(
+        update={
+            "optimizer": SHAPES["lanes"].optimizer.model_copy(update={"name": name, "eps": eps}),
+            "steps": 3,
+        }
+    )
+    for point, transform, cause in (
+        ("clip.coefficient", no_clipping, "clip-not-applied"),
+        ("step.gradient", negated, "update-rule-differs"),
+    ):
+        planted = Planted(point, f"{__name__}:{transform.__name__}")
+        rows = judge().with_planted(planted).rows(case_)
+        assert failing(rows), (name, point)
+        assert {r.causes for r in failing(rows)} == {(cause,)}, (name, point)
+
+
+def test_a_passing_run_of_another_engine_or_in_16_bits_speaks_against_nothing() -> None:
+    """What one engine does wrong another need not; in bfloat16 it may be too small to be seen."""
+    fault = FAULTS[0]
+    wrong, right = results(fault)["lanes"], results(None)["uneven"]
+    by_id = {c.id: c for c in SHAPES.values()}
+    assert fault.cause not in {c.id for c in explain.intersect([wrong, right], by_id)}
+    for changed in ({"name": "deepspeed"}, {"dtype": "bfloat16"}):
+        elsewhere = [replace(r, engine={**r.engine, **changed}) for r in right]
+        left = {c.id for c in explain.intersect([wrong, elsewhere], by_id)}
+        assert fault.cause in left, changed
 
 
 def test_what_passes_has_no_cause() -> None:

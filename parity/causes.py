@@ -478,8 +478,11 @@ _STEP = (
     Cause(
         "clip-not-applied", "clip",
         "the coefficient never meets the update: clipping ignored, or after the optimizer step",
-        symbol="1/clip",  # Adam's update hides a factor but for eps, Lion's but for its state
-        shows=lambda s: _and(0 < s.clip < 1, s.optimizer in ("sgd", "momentum") or None),
+        # a limit above the first norm may be met later; Adam hides a factor but for eps
+        symbol="1/clip",
+        shows=lambda s: _and(
+            s.clip > 0, (s.clip < 1 and s.optimizer in ("sgd", "momentum")) or None
+        ),
     ),
     Cause(
         "optimizer-skips-idle", "idle",

@@ -117,7 +117,7 @@ class Observation:
 
     @property
     def is_exact(self) -> bool:
-        """Tell whether what is wrong must show: in 16 bits it may stay below what can be seen."""
+        """Tell whether the run is in 32 or 64 bits."""
         return self.rows[0].engine["dtype"] in ("float32", "float64")
 
     @property

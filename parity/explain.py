@@ -60,7 +60,7 @@ def intersect(
     seen = [o for runs in bad for o in runs]
     engines = {o.engine for o in seen}  # a step that one does wrong need not be another's
     passing = [o for runs in cells for o in runs if not o.failing and o.folded]
-    good = [o for o in passing if o.is_exact and o.engine in engines]
+    good = [o for o in passing if o.engine in engines]
     counted = [
         (cause, sum(all(matches(cause, o) for o in runs) for runs in bad))
         for cause in CAUSES
@@ -69,12 +69,17 @@ def intersect(
     left = [
         (cause, count)
         for cause, count in counted
-        if count and not any(cause.visible(o.setting) is True for o in good)
+        if count and not any(_must_show(cause, o) for o in good)
     ]
     if left:
         most = max(count for _, count in left)
         return [cause for cause, count in left if count == most]
     return [c for c in CAUSES if c.id in FALLBACKS and any(matches(c, o) for o in seen)]
+
+
+def _must_show(cause: Cause, run: Observation) -> bool:
+    """Tell whether a run would fail: in 16 bits only a factor is sure to be above its limit."""
+    return cause.visible(run.setting) is True and (run.is_exact or cause.factor is not None)
 
 
 def labelled(rows: Sequence[Row], case: Case | None = None) -> list[Row]:

@@ -494,13 +494,19 @@ def _clip(_: Cause, o: Observation) -> bool:
     """Every delta that is wrong is the one of gradients the limit never met."""
     if not _update_only(o):
         return False
-    return all(map(_is_unclipped, o.bad("update")))
+    details = [row.detail or {} for row in o.bad("update")]
+    return all(_is_unclipped(o, detail) for detail in details) and any(
+        detail["own_error"] > detail["own_threshold"] for detail in details
+    )
 
 
-def _is_unclipped(row: Row) -> bool:
-    detail = row.detail or {}
-    error, limit = detail.get("unclipped_error"), detail.get("own_threshold")
-    return isinstance(error, float) and isinstance(limit, float) and error <= limit
+def _is_unclipped(o: Observation, detail: Mapping[str, Any]) -> bool:
+    """A delta fits the unclipped gradients: in 16 bits the error alone allows a factor of 1.2."""
+    error, own = detail.get("unclipped_error"), detail.get("own_error")
+    if error is None or own is None:  # recorded before there was one, or not finite
+        return False
+    within = error <= detail["own_threshold"] and error < own
+    return within and o.near(detail["unclipped_scale"], 1.0)
 
 
 def _update(cause: Cause, o: Observation) -> bool:

@@ -16,7 +16,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Template(Generic[M]):
-    """A module to make copies of; hooks and buffers are pickled, so they must be picklable.
+    """A module to make copies of: plain parameters, and buffers and hooks that can be pickled.
 
     The modules are read from a pickle and the parameters cloned: 0.42 ms in the place of the 1.84
     that `copy.deepcopy` takes for the model of a case.

@@ -155,9 +155,9 @@ def beside_unclipped(
 ) -> list[Row]:
     """Write into failing update rows how far the delta is from that of unclipped gradients.
 
-    `detail.unclipped_error` is the error against what the optimizer makes of the engine's own
-    gradients of all steps so far where the limit never meets them: it tells a limit that is not
-    applied from another rule, also under Adam, whose update no factor gives away.
+    `detail.unclipped_scale` and `detail.unclipped_error` compare it with what the optimizer makes
+    of the engine's own gradients where the limit meets none from the first step on: they tell a
+    limit that is not applied from another rule, also under Adam, whose update no factor gives away.
 
     Args:
         rows: of one run, those of other quantities too.
@@ -171,16 +171,17 @@ def beside_unclipped(
     }
     if not failing or not any(step.max_norm for step in steps):
         return list(rows)
-    errors: dict[tuple[int | None, str | None], float | None] = {}
+    found: dict[tuple[int | None, str | None], dict[str, float | None]] = {}
     for number, step in enumerate(steps, start=1):
         before = {name: _weight(step.before, name) for name in step.true_gradient}
         deltas = optimizer.step(before, _own_gradient(step, before))
         for name in (tensor for at, tensor in failing if at == number and tensor in deltas):
             actual = _weight(step.after, name) - before[name]
-            errors[number, name] = metrics(actual, deltas[name]).error
+            off = metrics(actual, deltas[name])
+            found[number, name] = {"unclipped_scale": off.scale, "unclipped_error": off.error}
     return [
-        replace(row, detail={**(row.detail or {}), "unclipped_error": errors[row.step, row.tensor]})
-        if row.quantity == "update" and (row.step, row.tensor) in errors
+        replace(row, detail={**(row.detail or {}), **found[row.step, row.tensor]})
+        if row.quantity == "update" and (row.step, row.tensor) in found
         else row
         for row in rows
     ]

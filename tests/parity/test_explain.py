@@ -297,16 +297,72 @@ def test_a_limit_that_is_not_applied_is_told_under_every_optimizer(name: str, ep
         assert {r.causes for r in failing(rows)} == {(cause,)}, (name, point)
 
 
-def test_a_passing_run_of_another_engine_or_in_16_bits_speaks_against_nothing() -> None:
-    """What one engine does wrong another need not; in bfloat16 it may be too small to be seen."""
-    fault = FAULTS[0]
-    wrong, right = results(fault)["lanes"], results(None)["uneven"]
+def times(value: Tensor, *, by: float, **_: Any) -> Tensor:
+    """Scale what the optimizer is given."""
+    return value * by
+
+
+@pytest.mark.parametrize("by", [1.5, 1.9])
+def test_a_wrong_factor_of_about_the_limit_in_16_bits_is_not_the_limit(by: float) -> None:
+    """In bfloat16 the update's limit is 0.26: clipping to a half, left out, is a factor of 2."""
+    lanes = SHAPES["lanes"]
+    engine = lanes.engine.model_copy(update={"dtype": "bfloat16"})
+    coarse = lanes.model_copy(update={"engine": engine})
+    for factor, cause in ((by, "update-rule-differs"), (2.0, "clip-not-applied")):
+        planted = Planted("step.gradient", f"{__name__}:times", {"by": factor})
+        rows = judge().with_planted(planted).rows(coarse)
+        assert {r.causes for r in failing(rows)} == {(cause,)}, factor
+
+
+def test_a_limit_that_is_met_at_a_later_step_only_is_told() -> None:
+    """A limit above the first norm is not met by it; ignored for ever, it is by none."""
+    rising = case(
+        shape__world=2, shape__tp=2, shape__ep=2, engine__clip=1.05, steps=2,
+        optimizer__name="sgd", optimizer__lr=3.0,
+    )  # fmt: skip
+    planted = Planted("clip.coefficient", f"{__name__}:no_clipping")
+    bad = failing(judge().with_planted(planted).rows(rising))
+    assert bad
+    assert min(row.step or 0 for row in bad) > 1
+    assert {row.causes for row in bad} == {("clip-not-applied",)}
+
+
+@pytest.mark.parametrize(
+    "unclipped",
+    [
+        {"unclipped_scale": 1.0, "unclipped_error": 1.2e-6},  # no better: one expert alone is wrong
+        {"unclipped_scale": None, "unclipped_error": None},  # not finite
+        {},  # recorded before there was any
+    ],
+)
+def test_a_row_that_says_nothing_of_the_limit(unclipped: dict[str, Any]) -> None:
+    """Adam gives an idle expert's family the same update clipped or not."""
+    lanes = SHAPES["lanes"].model_copy(
+        update={"optimizer": SHAPES["lanes"].optimizer.model_copy(update={"name": "adamw"})}
+    )
+    detail = {"own_error": 1e-6, "own_threshold": 4e-6, "own_scale": 1.0, "end_to_end_scale": 1.0}
+    left_out = {"own_error": 0.5, "unclipped_scale": 1.0, "unclipped_error": 1e-7}
+    for changed, told in ((unclipped, False), (left_out, True)):
+        bad = row(lanes, "update", "expert", verdict="fail", detail={**detail, **changed})
+        found = {c.id for c in explain.causes([*passing(lanes)[:-1], bad], lanes)}
+        assert ("clip-not-applied" in found) == told
+
+
+def test_a_passing_run_of_another_engine_or_in_16_bits_speaks_against_few_causes() -> None:
+    """Engines share no step; in bfloat16 a factor must show, structure need not."""
     by_id = {c.id: c for c in SHAPES.values()}
-    assert fault.cause not in {c.id for c in explain.intersect([wrong, right], by_id)}
-    for changed in ({"name": "deepspeed"}, {"dtype": "bfloat16"}):
-        elsewhere = [replace(r, engine={**r.engine, **changed}) for r in right]
-        left = {c.id for c in explain.intersect([wrong, elsewhere], by_id)}
-        assert fault.cause in left, changed
+
+    def left(fault: Fault, right: Sequence[Row], **changed: str) -> set[str]:
+        right = [replace(r, engine={**r.engine, **changed}) for r in right]
+        return {c.id for c in explain.intersect([results(fault)["lanes"], right], by_id)}
+
+    factor, structure = FAULTS[0], next(f for f in FAULTS if f.cause == "input-gradient-partial")
+    good = results(None)["uneven"]
+    for fault in (factor, structure):
+        assert fault.cause not in left(fault, good)
+        assert fault.cause in left(fault, good, name="deepspeed")
+    assert factor.cause not in left(factor, good, dtype="bfloat16")
+    assert structure.cause in left(structure, good, dtype="bfloat16")
 
 
 def test_what_passes_has_no_cause() -> None:

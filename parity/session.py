@@ -94,8 +94,8 @@ def open_judge(
         runs_a_gang=RUNS_ON_DEEPSPEED if on_deepspeed and device == "cpu" else None,
     )
     try:
-        if device == "cpu" and first.engine.backend == "gloo":
-            pool.warm(first.shape.world)
+        if device == "cpu" and first.engine.backend != "nccl":
+            pool.warm(processes_of(first))
         import torch  # while the ranks do the same
 
         from parity.judge import Judge

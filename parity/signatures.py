@@ -506,7 +506,7 @@ def _is_unclipped(o: Observation, detail: Mapping[str, Any]) -> bool:
     if error is None or own is None:  # recorded before there was one, or not finite
         return False
     within = error <= detail["own_threshold"] and error < own
-    return within and o.near(detail["unclipped_scale"], 1.0)
+    return within and o.near(detail.get("unclipped_scale"), 1.0)
 
 
 def _update(cause: Cause, o: Observation) -> bool:

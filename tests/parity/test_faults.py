@@ -23,7 +23,7 @@ import torch
 from click.testing import CliRunner
 
 from parity import case as cases
-from parity import case_files, causes, threads
+from parity import case_files, causes, models, threads
 from parity.case import Case
 from parity.cli import main
 from parity.collect import bits
@@ -33,6 +33,7 @@ from parity.faults import runs, transforms
 from parity.faults.catalogue import BY_ID, FAULTS, OWN, Blind, Fault, facts, holds
 from parity.faults.detectors import DETECTORS, LEGEND, Seen
 from parity.judge import Judge
+from parity.optimizers import LINEAR
 from parity.store import case_verdict
 from parity.trial import Order, Planted, RankResult
 
@@ -254,11 +255,16 @@ def test_a_fault_that_algebra_hides_is_equivalent(fault: Fault, blind: Blind) ->
         clean, faulty = trial(case), trial(case, fault.planted(case))
         for one, other in zip(clean, faulty, strict=True):
             for before, after in zip(one.steps, other.steps, strict=True):
-                assert_equivalent(before, after, exact=blind.exact != "False", where=case.id)
+                assert_equivalent(before, after, exact=blind.exact != "False", case=case)
 
 
-def assert_equivalent(one: Any, other: Any, *, exact: bool, where: str) -> None:
-    """Compare everything a rank read after one step."""
+def assert_equivalent(one: Any, other: Any, *, exact: bool, case: Case) -> None:
+    """Compare everything a rank read after one step.
+
+    Where nothing but round-off reaches a tensor, a sign-like optimizer makes whole steps of it.
+    """
+    where, signs = case.id, case.optimizer.name not in LINEAR
+    noise = models.structural_zeros(case.model, case.auxiliary) if signs else frozenset()
     if exact:
         assert one.losses == other.losses, where
         assert one.grad_norm == other.grad_norm, where
@@ -270,7 +276,7 @@ def assert_equivalent(one: Any, other: Any, *, exact: bool, where: str) -> None:
             if exact:
                 assert (a is None) == (b is None), (where, kind, name)
                 assert a is None or torch.equal(bits(a), bits(b)), (where, kind, name)
-            else:
+            elif kind == "gradients" or name not in noise:
                 apart = float((a - b).norm())
                 assert apart <= FACTOR * UNIT_ROUNDOFF[torch.float64] * size, (where, kind, name)
 

@@ -301,3 +301,11 @@ def test_routing_can_be_forced_and_set_free_again() -> None:
     assert all(layer.forced_TK is None for layer in models.moe_layers(model))
     with pytest.raises(ValueError, match="shorter"):
         models.force_routing(models.gates(model), [None])
+
+
+def test_a_scope_without_a_loss_brings_no_gradient_to_a_lone_routing_weight() -> None:
+    """The weight of one expert a token is w / w = 1, whatever scope losses of size zero have."""
+    spec = case.Model(top_k=1, normalize=True, layers=1)
+    router = frozenset({"layers.0.moe.router.weight"})
+    assert models.structural_zeros(spec, case.Auxiliary(scope="global")) == router
+    assert not models.structural_zeros(spec, case.Auxiliary(scope="global", z_loss=0.1))

@@ -109,6 +109,11 @@ class Auxiliary(Part):
     z_loss: Coefficient = 0.0
     scope: Literal["global", "rank"] = "rank"
 
+    @property
+    def active(self) -> bool:
+        """Tell whether there is any; a scope alone is none."""
+        return self.load_balance > 0 or self.z_loss > 0
+
 
 class Data(Part):
     """Tokens of the case; by default every (dp rank, micro-batch) has another number of them."""

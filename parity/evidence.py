@@ -39,7 +39,7 @@ def setting_of(case: Case) -> Setting:
         gas=case.engine.gas, sp=case.engine.sequence_parallel_size, clip=case.engine.clip,
         optimizer=case.optimizer.name, steps=case.steps, uneven=case.data.uneven,
         idle_expert=case.data.idle_expert, lane_varying=case.data.lane_varying,
-        auxiliary=case.auxiliary.load_balance > 0 or case.auxiliary.z_loss > 0,
+        auxiliary=case.auxiliary.active,
         shared=model.shared_width > 0, biases=model.biases, tied=model.tied, top_k=model.top_k,
     )  # fmt: skip
 

@@ -453,8 +453,12 @@ class Judge:
         rows = structure_rows(about, case, weights, placements, layout)
         rows += weight_rows(about, [(s.before, s.after) for s in run.steps], weights, placements)
         truths = [_handed_over(truth, placements) for truth in truths]
-        steps: list[update.OptimizerStep] = []
-        for number, (step, truth) in enumerate(zip(run.steps, truths, strict=False), start=1):
+        judged = list(zip(run.steps, truths, strict=False))  # truths may end before the run
+        steps = [
+            update.OptimizerStep(s.before, s.after, s.gradients, truth.gradients, setting.clip)
+            for s, truth in judged
+        ]
+        for number, (step, truth) in enumerate(judged, start=1):
             about = self._context(case, layout, "reference", number)
             routing = compare.routing_rows(about, step.routing, truth.routing, layout, names)
             rows += _far_choices(routing, truth.margin) if _is_followed(case) else routing
@@ -465,14 +469,9 @@ class Judge:
             for kind, tensors in (("gradient", step.gradients), ("parameter", step.after)):
                 rows += compare.replica_rows(about, tensors, placements, layout, kind)  # type: ignore[arg-type]
             rows += compare.grad_norm_rows(about, step.norms, truth.norm, setting.clip)
-            steps.append(
-                update.OptimizerStep(
-                    step.before, step.after, step.gradients, truth.gradients, setting.clip
-                )
-            )
             rows += update.update_rows(
                 about,
-                steps[-1],
+                steps[number - 1],
                 true_optimizer,
                 own_optimizer,
                 placements,
@@ -482,11 +481,12 @@ class Judge:
             )
         plain_optimizer = ReferenceOptimizer(case.optimizer, setting.lr)
         rows = update.beside_unclipped(rows, steps, plain_optimizer)
-        judged = [
-            contributions.StepTensors(step.ran_on, step.gradients, truth)
-            for step, truth in zip(run.steps, truths, strict=False)
+        tensors_of = [
+            contributions.StepTensors(s.ran_on, s.gradients, truth) for s, truth in judged
         ]
-        return contributions.annotate(rows, case, model, judged, placements, setting.seed, weights)
+        return contributions.annotate(
+            rows, case, model, tensors_of, placements, setting.seed, weights
+        )
 
     def _against_baseline(self, case: Case, folded: Run, baseline: Run, limit: float) -> list[Row]:
         """Compare the first step only: afterwards the two runs stand at different weights."""

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from parity.case import Part
 from parity.case_files import display, load_toml
 from parity.errors import CaseError
-from parity.report.tables import NEW, folding
+from parity.report.tables import NEW, folded_shape
 from parity.store import FAILING, Row, by_case, case_verdict
 
 Quantity = Literal["routing", "loss", "gradient", "replica", "grad_norm", "update", "checkpoint"]
@@ -257,7 +257,7 @@ def _held_against(cases: _Cases, entries: Sequence[Known]) -> Assessment:
 def _marks(rows: Sequence[Row], found: Assessment) -> tuple[str, ...]:
     """Give the findings that failing rows of a case show, `NEW` last where one shows none."""
     bad = [row for row in rows if row.verdict in FAILING]
-    folded = max((row.shape for row in rows), key=folding) if bad else {}
+    folded = folded_shape(rows) if bad else {}
     marks = {mark for row in bad for mark in found.marks_of(row, folded)}
     return tuple(sorted(marks, key=lambda mark: (mark == NEW, mark)))
 

@@ -362,16 +362,15 @@ def structural_zeros(spec: cases.Model, auxiliary: cases.Auxiliary) -> frozenset
     the router.
     """
     names = []
-    has_auxiliary = auxiliary.load_balance > 0 or auxiliary.z_loss > 0
     if spec.name != "tiny":
         alone = spec.top_k == 1 and (spec.normalize or spec.name == "mixtral")
-        if alone and not has_auxiliary and not spec.name.startswith("deepseek"):
+        if alone and not auxiliary.active and not spec.name.startswith("deepseek"):
             names = [f"{name}.gate.weight" for name in hugging_face.moe_names(spec)]
         return frozenset(names)
     for layer in range(spec.layers):
         if spec.biases:
             names.append(f"layers.{layer}.attention.k.bias")
-        if spec.top_k == 1 and spec.normalize and not has_auxiliary:
+        if spec.top_k == 1 and spec.normalize and not auxiliary.active:
             names.append(f"layers.{layer}.moe.router.weight")
             if spec.biases:
                 names.append(f"layers.{layer}.moe.router.bias")

@@ -48,6 +48,11 @@ class Pieces:
             places[name] = kind, tuple(tensor.shape)
         return cls(tuple(as_array(torch.cat(flat)) for flat in parts), places)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """Name -> shape, None for None."""
+        return {name: None if place is None else place[1] for name, place in self.places.items()}
+
     def tensors(self) -> dict[str, Tensor | None]:
         """Take them apart again: views of the arrays."""
         flats = [torch.from_numpy(flat) for flat in self.flats]

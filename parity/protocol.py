@@ -93,9 +93,9 @@ def _placement(name: str, given: Any) -> Placement:
     return Placement(given.family, shards)
 
 
-def check_pieces(
+def check_shapes(
     member: str,
-    pieces: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int] | None],
     placed: Mapping[str, Placement],
     full: Mapping[str, Sequence[int]],
     layout: Layout,
@@ -103,8 +103,8 @@ def check_pieces(
     """Refuse names that `placements()` has not, names left out, and pieces of a wrong shape.
 
     Args:
-        member: whose answer the pieces are.
-        pieces: name -> this rank's array, or None.
+        member: whose answer they are of.
+        shapes: name -> shape of this rank's piece, None where it has none.
         placed: name -> family and cuts.
         full: name -> shape of the parameter in the uncut model; other names have no known shape.
         layout: sizes of the run.
@@ -113,18 +113,18 @@ def check_pieces(
         ProtocolError: names the member, the parameter, and what it must give.
     """
     for name in placed:
-        if name not in pieces:
+        if name not in shapes:
             raise _breach(member, "nothing", "every name of placements()", name)
-    for name, piece in pieces.items():
+    for name, given in shapes.items():
         if name not in placed:
             raise _breach(member, "a tensor", "names of placements() only", name)
-        if piece is None or name not in full:
+        if given is None or name not in full:
             continue
         shape = _local(name, full[name], placed[name], layout)
-        if tuple(piece.shape) != shape:
+        if tuple(given) != shape:
             cuts = "".join(f", dim {s.dim} cut over {s.axis}" for s in placed[name].shards)
             needs = f"shape {shape}: the model's {tuple(full[name])}{cuts or ', not cut'}"
-            raise _breach(member, f"shape {tuple(piece.shape)}", needs, name)
+            raise _breach(member, f"shape {tuple(given)}", needs, name)
 
 
 def _local(name: str, full: Sequence[int], placement: Placement, layout: Layout) -> tuple[int, ...]:

@@ -253,7 +253,7 @@ def shares(
     leaves = {name: w.detach().to(DTYPE).requires_grad_() for name, w in weights.items()}
     dp, gas, gates = len(batches), len(batches[0]), models.gates(model)
     is_tiny = case.model.name == "tiny"  # the loss of the others holds its own auxiliary loss
-    active = is_tiny and (case.auxiliary.load_balance > 0 or case.auxiliary.z_loss > 0)
+    active = is_tiny and case.auxiliary.active
     scopes = ("rank", "global") if active else ()
     main: list[list[dict[str, Tensor]]] = [[] for _ in range(dp)]
     auxiliary: dict[str, list[list[dict[str, Tensor]]]]

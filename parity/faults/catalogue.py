@@ -141,7 +141,7 @@ def facts(case: Case) -> dict[str, Any]:
         "gas": engine.gas, "clip": engine.clip, "dtype": engine.dtype, "backend": engine.backend,
         "optimizer": case.optimizer.name, "decay": case.optimizer.weight_decay,
         "steps": case.steps,
-        "aux": auxiliary.load_balance > 0 or auxiliary.z_loss > 0,
+        "aux": auxiliary.active,
         "balance": auxiliary.load_balance > 0, "scope": auxiliary.scope,
         "lanes": case.data.lane_varying, "uneven": case.data.uneven, "idle": case.data.idle_expert,
         "ragged": any(n % layout.tp for n in tokens),

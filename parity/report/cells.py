@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parity.report.tables import ORDER, excess, folding, shape_label
+from parity.report.tables import ORDER, excess, folded_shape, shape_label
 from parity.store import FAILING, VERDICTS, Row, case_verdict
 
 
@@ -82,7 +82,7 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
 
 
 def _cell(rows: Sequence[Row]) -> Cell:
-    folded = max((row.shape for row in rows), key=folding)
+    folded = folded_shape(rows)
     entries = sorted(_entries(rows, folded), key=_order)
     bad = [row for row in rows if row.verdict in FAILING]
     bad.sort(key=lambda row: (_rank(row.quantity), -excess(row)))

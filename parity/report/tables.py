@@ -132,12 +132,11 @@ def _frame(rows: Sequence[Row], known: Assessment | None) -> Any:
 
     records = []
     for case, of_case in by_case(rows).items():
-        shapes = {id(row.shape): row.shape for row in of_case}.values()  # rows share them
-        folded = max(shapes, key=folding)
+        folded = folded_shape(of_case)
         label = shape_label(folded, of_case[0].engine)
         for row in of_case:
             failed, name = row.verdict in FAILING, label
-            if row.shape is not folded and row.shape != folded:
+            if row.shape != folded:
                 if not failed:
                     continue  # the baseline's own
                 name = f"{label} (baseline)"
@@ -197,8 +196,13 @@ def margin_lines(rows: Iterable[Row]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def folding(shape: Mapping[str, int]) -> tuple[int, int]:
-    """Order the shapes of one case: its folded one is the largest."""
+def folded_shape(rows: Iterable[Row]) -> dict[str, int]:
+    """Give the folded shape of a case: the largest of its rows', the others are the baseline's."""
+    shapes = {id(row.shape): row.shape for row in rows}  # hundreds of rows share them
+    return max(shapes.values(), key=_folding)
+
+
+def _folding(shape: Mapping[str, int]) -> tuple[int, int]:
     return shape.get("world", 1), shape.get("tp", 1) * shape.get("ep", 1) * shape.get("etp", 1)
 
 
@@ -265,7 +269,7 @@ def failures(
         if not bad and of_case:
             continue
         bad.sort(key=lambda row: (_rank(row.quantity), -excess(row)))
-        shape = max((row.shape for row in of_case), key=folding)
+        shape = folded_shape(of_case)
         marks = () if known is None else known.marks.get(case, ())
         shown = failure_of(case, case_verdict(of_case), shape, bad, rerun, worst=worst)
         found.append(replace(shown, marks=marks))

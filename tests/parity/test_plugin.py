@@ -202,13 +202,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_case(
     done.stderr.fnmatch_lines(["ERROR: cannot write taken/out: Not a directory"])
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize(
-    ("arguments", "selectors", "workers"),
+    ("arguments", "selectors"),
     [
-        (["cases/good.toml"], ["w1-sgd-fp32", "w4-sgd-fp32"], "0"),
-        (["--parity-suite", "good", "tests"], ["w1-sgd-fp32", "w4-sgd-fp32"], "2"),
-        (["cases/good.toml", "-k", "w4"], ["w4-sgd-fp32"], "2"),
-        (["own.toml"], ["own.toml::w1-sgd-fp32", "own.toml::w4-sgd-fp32"], "0"),
+        (["cases/good.toml"], ["w1-sgd-fp32", "w4-sgd-fp32"]),
+        (["--parity-suite", "good", "tests"], ["w1-sgd-fp32", "w4-sgd-fp32"]),
+        (["cases/good.toml", "-k", "w4"], ["w4-sgd-fp32"]),
+        (["own.toml"], ["own.toml::w1-sgd-fp32", "own.toml::w4-sgd-fp32"]),
     ],
 )
 def test_the_run_can_be_gone_on_with(

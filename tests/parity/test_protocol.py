@@ -136,14 +136,14 @@ def test_a_piece_is_what_the_cuts_leave_of_the_models_shape() -> None:
     full = {"w": (4, 8, 3)}
 
     def check(shape: tuple[int, ...]) -> None:
-        pieces = {"w": torch.zeros(shape).numpy(), "v": torch.zeros(9).numpy()}
-        protocol.check_pieces("parameters()", pieces, placed, full, layout)
+        shapes = {"w": shape, "v": (9,)}
+        protocol.check_shapes("parameters()", shapes, placed, full, layout)
 
     check((2, 4, 3))
     with pytest.raises(ProtocolError, match=r"dim 0 cut over ep, dim 1 cut over etp"):
         check((4, 8, 3))
     with pytest.raises(ProtocolError, match=r"cuts that divide the model's shape \(4, 6, 3\)"):
-        protocol.check_pieces("parameters()", dict.fromkeys("wv", torch.ones(2)), placed,
+        protocol.check_shapes("parameters()", dict.fromkeys("wv", (2,)), placed,
                               {"w": (4, 6, 3)}, layout)  # fmt: skip
 
 

@@ -54,7 +54,7 @@ REFUSAL_GRACE_S = 5.0
 """After nothing but refusals, which every rank is to raise: on a busy machine the others may still
 be importing what refuses."""
 ASK_S = 1.0
-"""Time for a rank's watcher to answer where it stands; then faulthandler is asked."""
+"""Longest wait for a rank's watcher to answer where it stands; then faulthandler is asked."""
 SIGNAL_S = 0.5
 KILL_S = 0.5
 """Time for killed ranks to be gone before the verdict is given; the next start waits longer."""
@@ -306,8 +306,8 @@ class Gang:
         )
 
     def _ask_states(self, members: Sequence[Member], thorough: bool = True) -> list[State]:
-        """Ask ranks where they stand; those whose watcher cannot answer through faulthandler."""
-        until = time.monotonic() + (ASK_S if thorough else GRACE_S)
+        """Ask ranks where they stand; thoroughly: through faulthandler where no watcher answers."""
+        until = time.monotonic() + ASK_S
         for member in members:
             with contextlib.suppress(OSError):
                 member.lifeline.send([b"?"], until)

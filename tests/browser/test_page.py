@@ -66,14 +66,20 @@ class Page:
         self.browser, self.file = browser, file
 
     def open(self, size: tuple[int, int] = DESK, scheme: str = "light", fragment: str = "") -> Page:
-        """Load the page in a window of a size and colour scheme."""
+        """Load the page in a window of a size and colour scheme; wait for its script to end.
+
+        The driver may answer while the tab still changes over from the page before.
+        """
+        from selenium.webdriver.support.wait import WebDriverWait
+
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         self.browser.get("about:blank")
         self.browser.get(self.file.as_uri() + fragment)
-        assert self.js("return document.documentElement.dataset.ready") == "true"
+        is_ready = "return document.documentElement.dataset.ready === 'true'"
+        WebDriverWait(self.browser, PATIENCE_S).until(lambda _: self.js(is_ready))
         return self
 
     def js(self, script: str, *arguments: Any) -> Any:

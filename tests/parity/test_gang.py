@@ -71,6 +71,14 @@ def surroundings(runtime: RankRuntime, names: Sequence[str]) -> dict[str, Any]:
     return {**values, "threads": torch.get_num_threads(), "device": str(runtime.device)}
 
 
+def cores_of_collectives(runtime: RankRuntime, payload: Any) -> tuple[set[int], int]:
+    """Give the cores of the main thread, and how many threads of this rank keep to the same."""
+    dist.barrier()
+    own = os.sched_getaffinity(0)
+    threads = [int(thread) for thread in os.listdir("/proc/self/task")]
+    return own, sum(os.sched_getaffinity(thread) == own for thread in threads)
+
+
 def own_pid(runtime: RankRuntime, payload: Any) -> int:
     """Give the rank's process id."""
     return os.getpid()
@@ -256,6 +264,17 @@ def test_ranks_have_their_environment_and_the_caller_keeps_its_own(pool: GangPoo
     got = run(pool, 2, surroundings, names)[1]
     assert got == {**expected, "threads": 1, "device": "cpu"}
     assert dict(os.environ) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are chosen on Linux only")
+def test_ranks_share_the_cores_out(pool: GangPool) -> None:
+    """Every core is some rank's, none of a lone rank's is taken away, Gloo's threads keep to it."""
+    allowed = os.sched_getaffinity(0)
+    answers = run(pool, 4, cores_of_collectives)
+    assert set().union(*(cores for cores, _ in answers)) == allowed
+    assert all(len(cores) == max(1, len(allowed) // 4) for cores, _ in answers) or len(allowed) > 4
+    assert min(threads for _, threads in answers) >= 3, "the main thread and two of Gloo's"
+    assert run(pool, 1, cores_of_collectives)[0][0] == allowed
 
 
 # --- failures ------------------------------------------------------------------------------------

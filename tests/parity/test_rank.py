@@ -20,6 +20,7 @@ from parity.rank import (
     Activity,
     Channel,
     RankRuntime,
+    cores_of,
     encode,
     find,
     observe,
@@ -178,3 +179,20 @@ def test_no_group_for_a_rank_that_is_no_member() -> None:
     """Only members make a group, so nothing is waited for here."""
     runtime = RankRuntime(0, 4, "gloo", torch.device("cpu"))
     assert runtime.new_group([1, 2]) is None
+
+
+@pytest.mark.parametrize(
+    ("world_size", "cores", "shares"),
+    [
+        (4, [1, 3], [[1], [1], [3], [3]]),
+        (3, [0, 1], [[0], [0], [1]]),
+        (2, [0, 1, 2, 3, 4], [[0, 1], [2, 3, 4]]),
+        (1, [0, 1], [[0, 1]]),
+        (3, [5], [[5], [5], [5]]),
+    ],
+)
+def test_neighbours_share_a_core(
+    world_size: int, cores: list[int], shares: list[list[int]]
+) -> None:
+    """Ranks take the cores in order: several to a core, or several cores to a rank."""
+    assert [cores_of(rank, world_size, reversed(cores)) for rank in range(world_size)] == shares

@@ -22,8 +22,9 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -199,6 +200,16 @@ Outcome = tuple[str, Any] | Died
 
 
 @dataclass(eq=False)
+class Running:
+    """A task that the ranks of a gang run, and what became of it."""
+
+    deadline_s: float
+    until: float
+    answers: list[Any] | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
 class Gang:
     """The ranks of one world; started when made, joined at the first run."""
 
@@ -208,7 +219,9 @@ class Gang:
     members: list[Member] = field(default_factory=list)
     joined: bool = False
     runs: int = 0
-    """Tasks it has run."""
+    """Tasks it has been given."""
+    running: Running | None = None
+    """The task whose answers have not been received."""
 
     @property
     def tokens(self) -> list[int]:
@@ -249,14 +262,19 @@ class Gang:
         self._settle(deadline_s)
         self.joined = True
 
-    def run(self, task: str, payloads: Sequence[Any], deadline_s: float) -> list[Any]:
-        """Run a task in every rank; payloads are pickled before any rank hears of it."""
+    def start(self, task: str, payloads: Sequence[Any], deadline_s: float) -> Running:
+        """Give every rank a task; payloads are pickled before any rank hears of it."""
         frames = [encode((task, payload)) for payload in payloads]
-        until = time.monotonic() + deadline_s
+        self.runs += 1
+        self.running = running = Running(deadline_s, time.monotonic() + deadline_s)
         for member, frame in zip(self.members, frames, strict=True):
             with contextlib.suppress(OSError):  # gone or stuck: its answer will not come
-                member.channel.send(frame, until)
-        return self._settle(deadline_s, until)
+                member.channel.send(frame, running.until)
+        return running
+
+    def settle(self, running: Running) -> None:
+        """Receive the answers of a task, or raise the root cause of why there are none."""
+        running.answers = self._settle(running.deadline_s, running.until)
 
     def _settle(self, deadline_s: float, until: float | None = None) -> list[Any]:
         """Give the answer of every rank, or raise the root cause of why there is none."""
@@ -279,8 +297,12 @@ class Gang:
             selector.register(self.server, selectors.EVENT_READ)
             for member in self.members:
                 selector.register(member.channel.sock, selectors.EVENT_READ, member)
-            while len(outcomes) < self.world and (left := until - time.monotonic()) > 0:
-                for key, _ in selector.select(left):
+            while len(outcomes) < self.world:
+                left = until - time.monotonic()
+                ready = selector.select(max(left, 0.0))  # asked too late, answers may be there
+                if left <= 0 and not any(key.data for key, _ in ready):
+                    break
+                for key, _ in ready:
                     if key.data is None:
                         self.server.check()
                         continue
@@ -403,9 +425,9 @@ def _stacks(path: Path) -> tuple[tuple[Frame, ...], ...]:
 
 
 class GangPool:
-    """Gangs kept warm between runs; nothing starts before the first `warm` or `run`.
+    """Gangs kept warm between runs; nothing starts before the first `warm`, `start` or `run`.
 
-    One run at a time: calls from several threads wait for one another. Not to be carried over a
+    One call at a time: those from several threads wait for one another. Not to be carried over a
     fork of the calling process.
     """
 
@@ -462,7 +484,20 @@ class GangPool:
         deadline_s: float,
         backend: str | None = None,
     ) -> list[Any]:
-        """Run `task` in every rank of a world and give one result per rank.
+        """Run `task` in every rank of a world and give one result per rank: `start`, and wait."""
+        return self.start(world, task, payloads, deadline_s, backend)()
+
+    def start(
+        self,
+        world: int,
+        task: str,
+        payloads: Sequence[Any],
+        deadline_s: float,
+        backend: str | None = None,
+    ) -> Callable[[], list[Any]]:
+        """Start `task` in every rank of a world; gangs of other worlds may run beside it.
+
+        A gang that still runs something, and on GPUs any gang, is waited for first.
 
         Args:
             world: number of ranks.
@@ -471,9 +506,13 @@ class GangPool:
             deadline_s: counted from when the gang stands; starting it has its own deadline.
             backend: "gloo" or "nccl"; None: the pool's.
 
+        Returns:
+            A function that waits for the results and gives one per rank. It raises RankFailure
+            where a rank raised, died or hung, and the gang is replaced; Refused where every rank
+            refused alike, and the gang is kept.
+
         Raises:
-            RankFailure: a rank raised, died or hung; the gang is killed and replaced when needed.
-            Refused: every rank refused alike; the gang is kept.
+            RankFailure: a rank did not come up.
             UsageError: payloads do not fit the world, or the world the pool.
             DeviceUnavailableError: too few GPUs.
         """
@@ -483,13 +522,37 @@ class GangPool:
             gang = self._gang(world, backend or self.backend)
             try:
                 gang.join(self.start_deadline_s)
-                gang.runs += 1
-                return gang.run(task, payloads, deadline_s)
-            except Refused:
-                raise
+                running = gang.start(task, payloads, deadline_s)
             except BaseException:  # KeyboardInterrupt too: answers would be left in the channels
                 self._drop(gang)
                 raise
+        return partial(self._results, gang, running)
+
+    def _results(self, gang: Gang, running: Running) -> list[Any]:
+        with self._lock:
+            if gang.running is running:
+                self._finish(gang)
+            if running.error is not None:
+                raise running.error
+            if running.answers is None:
+                raise InfrastructureError("the ranks were ended before they answered")
+            return running.answers
+
+    def _finish(self, gang: Gang) -> None:
+        """Wait for what a gang still runs; its caller asks for the outcome, now or later."""
+        running, gang.running = gang.running, None
+        if running is None:
+            return
+        try:
+            gang.settle(running)
+        except Refused as refusal:
+            running.error = refusal
+        except Exception as error:
+            running.error = error
+            self._drop(gang)
+        except BaseException:  # KeyboardInterrupt: answers would be left in the channels
+            self._drop(gang)
+            raise
 
     def gangs(self) -> dict[tuple[int, str], tuple[int, ...]]:
         """Map (world, backend) of the live gangs, least recently used first, to known pids."""
@@ -535,6 +598,9 @@ class GangPool:
                 f"world must be 1 to max_live_ranks = {self.max_live_ranks} (got {world})"
             )
         key = world, backend
+        for other in list(self._gangs.values()):
+            if other is self._gangs.get(key) or other.backend == backend == "nccl":
+                self._finish(other)
         gang = self._gangs.get(key)
         if gang is not None and (gang.runs == self.runs_a_gang or not gang.whole()):
             self._drop(gang)  # worn out; or lost while idle, and no task of ours is to blame
@@ -550,12 +616,15 @@ class GangPool:
     def _make_room(self, world: int) -> None:
         """Keep within `max_live_ranks`, and on a GPU let the dead give back its memory."""
         while self._gangs and sum(w for w, _ in self._gangs) + world > self.max_live_ranks:
-            self._drop(next(iter(self._gangs.values())))
+            oldest = next(iter(self._gangs.values()))
+            self._finish(oldest)
+            self._drop(oldest)
         while self._ending:
             self._ending.pop().gone(END_S)
 
     def _drop(self, gang: Gang) -> None:
         self._gangs.pop((gang.world, gang.backend), None)
+        gang.running = None
         if not gang.kill():
             self._ending.append(gang)
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,13 @@ class Joined:
         return cls(store, rank, world_size, device, int(os.environ.get("LOCAL_RANK", "0")))
 
     # rank 0
+
+    def start(
+        self, world: int, task: str, payloads: Sequence[Any], deadline_s: float,
+        backend: str | None = None,
+    ) -> Callable[[], list[Any]]:  # fmt: skip
+        """Give a function that does `run`: rank 0 is one of the ranks, nothing runs beside it."""
+        return partial(self.run, world, task, payloads, deadline_s, backend)
 
     def run(
         self, world: int, task: str, payloads: Sequence[Any], deadline_s: float,

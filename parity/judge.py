@@ -11,7 +11,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -55,15 +55,15 @@ Replay = Sequence[Sequence[Sequence[Sequence[Any]]]]
 class Pool(Protocol):
     """What runs a task in every rank of a world: `parity.gang.GangPool`."""
 
-    def run(
+    def start(
         self,
         world: int,
         task: str,
         payloads: Sequence[Any],
         deadline_s: float,
         backend: str | None = None,
-    ) -> list[Any]:
-        """Run `module:function` in every rank and give one result per rank."""
+    ) -> Callable[[], list[Any]]:
+        """Start `module:function` in every rank; the function given waits for their results."""
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,7 @@ class Judge:
             _setting(case, seed, weights, first),
             replay=self._replay(case, model, weights, first, seed),
         )
-        plain = self._baseline(case, model, weights, setting)
-        folded, resumed = self._folded(case, setting)
+        plain, folded, resumed = self._runs(case, model, weights, setting)
         truths = self._truths_of(case, model, weights, folded, setting)
         self.last = Comparison(case, folded, plain.run, truths)
         rows = self._rows_of(case, folded, truths, setting, model, weights)
@@ -254,7 +253,8 @@ class Judge:
             return None
         routings = [first.routing]
         for step in range(2, case.steps + 1):
-            routings.append(self._truth(case, model, weights, step, seed).routing)
+            drawn = batches.make(case, case.layout.dp, step, seed)
+            routings.append(reference.routing(case, model, weights, drawn))
         return [[[[t.numpy() for t in m] for m in rank] for rank in each] for each in routings]
 
     def _initial(self, case: Case, model: nn.Module) -> dict[str, Tensor]:
@@ -327,44 +327,59 @@ class Judge:
         A foreign gate cannot be forced, ours can: a token near a tie goes where the engine sent it.
         """
         truths = []
+        first_lanes = {run.layout.coordinate(r).dp: r for r in reversed(range(run.layout.world))}
         for number, step in enumerate(run.steps, start=1):
+            chosen = [step.routing[first_lanes[dp]] for dp in range(run.layout.dp)]
+            if number == 1:
+                truth = self._truth(case, model, weights, 1, seed)
+                if _is_same_routing(chosen, truth.routing):  # its own choices were the run's
+                    truths.append(truth)
+                    continue
             own = {n: t.double() for n, t in step.ran_on.filled.items()}
             drawn = batches.make(case, run.layout.dp, number, seed)
-            first = {run.layout.coordinate(r).dp: r for r in reversed(range(run.layout.world))}
-            chosen = [step.routing[first[dp]] for dp in range(run.layout.dp)]
             at = weights if number == 1 else own
             truths.append(reference.evaluate(case, model, at, drawn, chosen))
         return truths
 
-    def _baseline(
+    def _runs(
+        self, case: Case, model: nn.Module, weights: Mapping[str, Tensor], setting: Setting
+    ) -> tuple[_Baseline, Run, Run | None]:
+        """Run the baseline and beside it folded; judge the baseline while folded ranks run.
+
+        Cases of equal data, dp and engine share a baseline. A folded run with a checkpoint on the
+        way has its second half run again from there.
+        """
+        parts = case.engine, case.optimizer, case.steps, setting
+        key = f"{_data_key(case)}|{parts}"
+        plain = None
+        if key not in self._baselines:
+            plain = self._start(case, case.layout.baseline(), setting)
+        with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+            point = None
+            if case.checkpoint is not None:
+                point = Checkpoint(folder, case.saved_after, loads=False)
+            finish = self._start(case, case.layout, setting, self.planted, point)
+            if plain is not None:
+                judged = self._judged_baseline(case, plain(), model, weights, setting)
+                _remember(self._baselines, key, judged)
+            folded, resumed = finish(), None
+            if point is not None and folded.kept is not None:
+                there = Layout(**case.resumed_shape.model_dump())
+                loads = replace(point, loads=True)
+                resumed = self._start(case, there, setting, self.planted, loads)()
+        return self._baselines[key], folded, resumed
+
+    def _judged_baseline(
         self,
         case: Case,
+        run: Run,
         model: nn.Module,
         weights: Mapping[str, Tensor],
         setting: Setting,
     ) -> _Baseline:
-        """Run and judge the non-folded engine; cases of equal data, dp and engine share it."""
-        plain = case.layout.baseline()
-        parts = case.engine, case.optimizer, case.steps, setting
-        key = f"{_data_key(case)}|{parts}"
-        if key not in self._baselines:
-            run = self._run(case, plain, setting)
-            truths = self._truths_of(case, model, weights, run, setting)
-            rows = self._rows_of(case, run, truths, setting, model, weights)
-            _remember(self._baselines, key, _Baseline(run, rows, len(truths)))
-        return self._baselines[key]
-
-    def _folded(self, case: Case, setting: Setting) -> tuple[Run, Run | None]:
-        """Run folded; with a checkpoint on the way, and its second half again from there."""
-        if case.checkpoint is None:
-            return self._run(case, case.layout, setting, self.planted), None
-        with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-            point = Checkpoint(folder, case.saved_after, loads=False)
-            folded = self._run(case, case.layout, setting, self.planted, point)
-            if folded.kept is None:
-                return folded, None
-            there = Layout(**case.resumed_shape.model_dump())
-            return folded, self._run(case, there, setting, self.planted, replace(point, loads=True))
+        truths = self._truths_of(case, model, weights, run, setting)
+        rows = self._rows_of(case, run, truths, setting, model, weights)
+        return _Baseline(run, rows, len(truths))
 
     def _resumed_rows(
         self,
@@ -414,26 +429,27 @@ class Judge:
         judged = self._rows_of(there, joined, known, setting, model, weights)
         return rows + [row for row in judged if row.step is not None and row.step > after]
 
-    def _run(
+    def _start(
         self,
         case: Case,
         layout: Layout,
         setting: Setting,
         planted: tuple[Planted, ...] = (),
         point: Checkpoint | None = None,
-    ) -> Run:
+    ) -> Callable[[], Run]:
+        """Start a run; the function given waits for it and rebuilds what it handed back."""
         order = Order(
             case, self.implementation, layout, setting.seed, setting.lr, setting.clip,
             replay=setting.replay, planted=planted, checkpoint=point,
         )  # fmt: skip
         if case.engine.backend == "threads":
-            results = self.pool.run(1, "parity.threads:run", [order], case.deadline_s)[0]
-        else:
-            payloads = [order] * layout.world
-            results = self.pool.run(
-                layout.world, "parity.trial:run", payloads, case.deadline_s, case.engine.backend
-            )
-        return rebuild(case, layout, results)
+            finish = self.pool.start(1, "parity.threads:run", [order], case.deadline_s)
+            return lambda: rebuild(case, layout, finish()[0])
+        payloads = [order] * layout.world
+        finish = self.pool.start(
+            layout.world, "parity.trial:run", payloads, case.deadline_s, case.engine.backend
+        )
+        return lambda: rebuild(case, layout, finish())
 
     def _rows_of(
         self,
@@ -545,6 +561,21 @@ def _is_low(case: Case) -> bool:
 def _is_followed(case: Case) -> bool:
     """Tell whether the reference follows the run's routing: low precision, a foreign gate."""
     return _is_low(case) and case.model.name != "tiny"
+
+
+def _is_same_routing(
+    one: Sequence[Sequence[Sequence[Tensor]]], other: Sequence[Sequence[Sequence[Tensor]]]
+) -> bool:
+    """Compare [dp rank][micro-batch][layer] -> (T, K) experts, in whatever order along K."""
+    first, second = _flat(one), _flat(other)
+    return len(first) == len(second) and all(
+        torch.equal(a.sort(-1).values, b.sort(-1).values)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def _flat(routing: Sequence[Sequence[Sequence[Tensor]]]) -> list[Tensor]:
+    return [chosen for rank in routing for layers in rank for chosen in layers]
 
 
 def _far_choices(rows: list[Row], margin: float) -> list[Row]:

@@ -119,9 +119,23 @@ def loss(
     case: Case, model: nn.Module, weights: Mapping[str, Tensor], batches: data.StepBatches
 ) -> float:
     """Evaluate the objective alone, as `evaluate` does."""
+    return float(_forward(case, model, weights, batches).objective)
+
+
+@torch.no_grad()
+def routing(
+    case: Case, model: nn.Module, weights: Mapping[str, Tensor], batches: data.StepBatches
+) -> list[list[list[Tensor]]]:
+    """Choose the experts alone, as `evaluate` does."""
+    return _forward(case, model, weights, batches).routing
+
+
+def _forward(
+    case: Case, model: nn.Module, weights: Mapping[str, Tensor], batches: data.StepBatches
+) -> _Shares:
     wide = {name: w.detach().to(DTYPE) for name, w in weights.items()}
     with lifted() if case.model.name != "tiny" else nullcontext():
-        return float(_shares(case, model, wide, batches, None).objective)
+        return _shares(case, model, wide, batches, None)
 
 
 @dataclass

@@ -39,21 +39,21 @@ class Ranks:
     def __init__(self) -> None:
         self._gangs: gang.GangPool | None = None
 
-    def run(
+    def start(
         self,
         world: int,
         task: str,
         payloads: Sequence[Any],
         deadline_s: float,
         backend: str | None = None,
-    ) -> list[Any]:
-        """Run the task in every rank of a world, as `parity.judge.Pool` says."""
+    ) -> Callable[[], list[Any]]:
+        """Start the task in every rank of a world, as `parity.judge.Pool` says."""
         if task == "parity.threads:run":  # no start-up, and no process to lose
-            return [threads.run(None, order) for order in payloads]
+            return lambda: [threads.run(None, order) for order in payloads]
         if self._gangs is None:
             preload = (*gang.PRELOAD, *PRELOAD, *warm.DEEPSPEED)
             self._gangs = gang.GangPool(preload, max_live_ranks=MAX_LIVE_RANKS)
-        return self._gangs.run(world, task, payloads, deadline_s, backend or "gloo")
+        return self._gangs.start(world, task, payloads, deadline_s, backend or "gloo")
 
     def close(self) -> None:
         """End every process."""

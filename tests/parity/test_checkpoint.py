@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,18 +31,18 @@ W1 = "layers.0.moe.experts.w1"
 class InThreads:
     """Ranks as threads of this process."""
 
-    def run(
+    def start(
         self,
         world: int,
         task: str,
         payloads: Sequence[Any],
         deadline_s: float,
         backend: str | None = None,
-    ) -> list[Any]:
-        """Run a world, as `parity.judge.Pool` says."""
+    ) -> Callable[[], list[Any]]:
+        """Start a world, as `parity.judge.Pool` says."""
         assert (world, task, backend) == (1, "parity.threads:run", None)
         assert deadline_s > 0
-        return [threads.run(None, order) for order in payloads]
+        return lambda: [threads.run(None, order) for order in payloads]
 
 
 def case(point: str | None, **fields: Any) -> Case:

@@ -28,18 +28,18 @@ from tests.parity.example_rows import passing, row
 class Here:
     """Runs every order as threads of this process."""
 
-    def run(
+    def start(
         self,
         _world: int,
         _task: str,
         payloads: Sequence[Any],
         _deadline_s: float,
         _backend: str | None = None,
-    ) -> list[list[RankResult]]:
-        """Run one order."""
+    ) -> Callable[[], list[list[RankResult]]]:
+        """Start one order."""
         (order,) = payloads
         assert isinstance(order, Order)
-        return [threads.run(None, order)]
+        return lambda: [threads.run(None, order)]
 
 
 def case(**changes: Any) -> Case:

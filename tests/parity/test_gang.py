@@ -79,6 +79,16 @@ def cores_of_collectives(runtime: RankRuntime, payload: Any) -> tuple[set[int], 
     return own, sum(os.sched_getaffinity(thread) == own for thread in threads)
 
 
+def wait_for(runtime: RankRuntime, marks: Sequence[str]) -> str:
+    """Make the first file, wait for the second one: it takes a world that runs beside this."""
+    mine, other = (Path(mark) for mark in marks)
+    mine.touch()
+    until = time.monotonic() + LONG_S
+    while not other.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    return f"{mine.name} saw {other.name if other.exists() else 'nothing'}"
+
+
 def own_pid(runtime: RankRuntime, payload: Any) -> int:
     """Give the rank's process id."""
     return os.getpid()
@@ -225,6 +235,36 @@ def test_each_rank_gets_its_payload(pool: GangPool) -> None:
 def test_ranks_reach_one_another(pool: GangPool) -> None:
     """An all_reduce over four ranks sums 1 + 2 + 3 + 4."""
     assert run(pool, 4, sum_ranks) == [10.0] * 4
+
+
+def test_two_worlds_run_beside_one_another(pool: GangPool, tmp_path: Path) -> None:
+    """Each waits for the other, which a pool that ran one after the other would never end."""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    first = pool.start(1, named(wait_for), [(one, two)], LONG_S)
+    second = pool.start(2, named(wait_for), [(two, one)] * 2, LONG_S)
+    assert second() == ["two saw one"] * 2
+    assert first() == ["one saw two"]
+    assert first() == ["one saw two"], "asked again, it is the same"
+
+
+def test_a_gang_does_one_task_after_the_other(pool: GangPool) -> None:
+    """A second task waits for the first, whose results are kept, or given up, as is its error."""
+    first = pool.start(2, named(echo_payload), ["a", "b"], LONG_S)
+    second = pool.start(2, named(echo_payload), ["c", "d"], LONG_S)
+    assert [payload for *_, payload in first()] == ["a", "b"]
+    assert [payload for *_, payload in second()] == ["c", "d"]
+    failing = pool.start(2, named(raise_in_one), [None] * 2, LONG_S)
+    assert run(pool, 2, sum_ranks) == [3.0] * 2, "by a fresh gang"
+    with pytest.raises(RankFailure, match="boom"):
+        failing()
+
+
+def test_results_after_the_end_of_the_ranks_are_an_error(pool: GangPool) -> None:
+    """Whoever ends the pool first is told so."""
+    pending = pool.start(2, named(sleep_in_one), [None] * 2, LONG_S)
+    pool.end()
+    with pytest.raises(InfrastructureError, match="ended before they answered"):
+        pending()
 
 
 def test_large_results_arrive_whole_and_writable(pool: GangPool) -> None:

@@ -6,7 +6,7 @@ Ranks are threads and everything is float64, so a healthy row is within 64 * 2^-
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,18 +50,18 @@ class Threads:
     def __init__(self) -> None:
         self.orders: list[Order] = []
 
-    def run(
+    def start(
         self,
         world: int,
         task: str,
         payloads: Sequence[Any],
         deadline_s: float,  # noqa: ARG002 - part of the protocol
         backend: str | None = None,  # noqa: ARG002
-    ) -> list[Any]:
+    ) -> Callable[[], list[Any]]:
         """Do what a gang of one rank would do with `parity.threads:run`."""
         assert (world, task) == (1, "parity.threads:run")
         self.orders.append(payloads[0])
-        return [threads.run(None, payloads[0])]
+        return lambda: [threads.run(None, payloads[0])]
 
 
 def fresh(**kwargs: Any) -> tuple[Judge, Threads]:
@@ -488,12 +488,47 @@ def test_dense_weights_that_are_not_sharded_under_tp_do_not_pass() -> None:
 # ---------------------------------------------------------------- refusal, setting
 
 
+class Noting(Threads):
+    """A pool that notes when runs are started and when their results are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[tuple[str, int]] = []
+
+    def start(self, *arguments: Any, **keywords: Any) -> Callable[[], list[Any]]:
+        """Note the world, and once more when its results are wanted."""
+        finish = super().start(*arguments, **keywords)
+        world = self.orders[-1].layout.world
+        self.notes.append(("started", world))
+
+        def noted() -> list[Any]:
+            self.notes.append(("asked", world))
+            return finish()
+
+        return noted
+
+
+def test_the_folded_run_goes_on_while_the_baseline_is_judged() -> None:
+    """Both are started before either is asked for; a known baseline is not run again."""
+    pool = Noting()
+    judging = Judge(implementation="fold_impl", pool=pool)
+    judging.rows(small())
+    both = [("started", 2), ("started", 4), ("asked", 2), ("asked", 4)]
+    assert pool.notes == both
+    judging.rows(small())
+    assert pool.notes == [*both, ("started", 4), ("asked", 4)]
+
+
 class Refusing(Threads):
     """A pool whose ranks all refuse."""
 
-    def run(self, *_: Any, **__: Any) -> list[Any]:
-        """Refuse."""
-        raise Refused("not with sequence parallelism")
+    def start(self, *_: Any, **__: Any) -> Callable[[], list[Any]]:
+        """Let every rank refuse."""
+
+        def finish() -> list[Any]:
+            raise Refused("not with sequence parallelism")
+
+        return finish
 
 
 def test_a_refusal_is_one_skipped_row_in_the_implementations_words() -> None:
@@ -542,6 +577,15 @@ def test_lr_is_such_that_a_step_is_an_eighth_of_the_smallest_weights(
     assert found.lr == float(f"{found.lr:.3g}")
     assert found.clip == pytest.approx(clip)
     assert found.seed == 9
+
+
+def test_a_routing_is_the_same_in_whatever_order_a_token_names_its_experts() -> None:
+    """Another expert, or a layer, a micro-batch or a token more, makes it another one."""
+    one = [[[torch.tensor([[0, 1], [2, 3]])]]]
+    assert judge._is_same_routing(one, [[[torch.tensor([[1, 0], [2, 3]])]]])
+    for other in ([[0, 1], [2, 1]], [[0, 1]], [[0, 1], [2, 3], [0, 1]]):
+        assert not judge._is_same_routing(one, [[[torch.tensor(other)]]])
+    assert not judge._is_same_routing(one, [[*one[0], *one[0]]])
 
 
 def test_ranks_that_disagree_on_placements_are_named() -> None:

@@ -99,6 +99,17 @@ def test_routing_is_told_by_dp_rank_micro_batch_and_layer() -> None:
     assert all(idle[e].any() for e in range(3))
 
 
+def test_the_routing_alone_is_that_of_the_whole_evaluation() -> None:
+    """A forward chooses as forward and backward do."""
+    made = small(2, **{"engine.gas": 2})
+    truth, model, weights = evaluated(made)
+    chosen = reference.routing(made, model, weights, batches.make(made, 2, 1, 0))
+    for rank, expected in zip(chosen, truth.routing, strict=True):
+        for layers, wanted in zip(rank, expected, strict=True):
+            assert all(map(torch.equal, layers, wanted))
+    assert len(chosen) == made.layout.dp
+
+
 def test_a_parameter_that_is_not_used_has_a_zero_gradient() -> None:
     """Weights may name more than the model reads; None becomes zero."""
     made = small(1)

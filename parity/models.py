@@ -97,16 +97,16 @@ class MoE(nn.Module):
             else best_experts(logits_TE, self.spec.top_k)
         )
         self.logits_TE, self.indices_TK = logits_TE, chosen
-        weights_TE = scores(logits_TE, self.spec.score)
+        weights_TK = scores(logits_TE, self.spec.score).gather(-1, chosen)
+        if self.spec.normalize:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         w1, w3, w2 = (w.unbind(0) for w in (self.experts.w1, self.experts.w3, self.experts.w2))
         rows = []
         for x, weights, picks in zip(
-            x_TH.unbind(0), weights_TE.unbind(0), chosen.tolist(), strict=True
+            x_TH.unbind(0), weights_TK.unbind(0), chosen.tolist(), strict=True
         ):
-            total = sum(weights[e] for e in picks) if self.spec.normalize else 1.0
-            rows.append(
-                sum(weights[e] / total * (w2[e] @ (F.silu(w1[e] @ x) * (w3[e] @ x))) for e in picks)
-            )
+            pairs = zip(weights.unbind(0), picks, strict=True)
+            rows.append(sum(w * (w2[e] @ (F.silu(w1[e] @ x) * (w3[e] @ x))) for w, e in pairs))
         y_TH = torch.stack(rows)
         if self.shared is not None:
             y_TH = y_TH + self.shared(x_TH)

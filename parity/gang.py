@@ -22,9 +22,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -307,8 +306,9 @@ class Gang:
                         self.server.check()
                         continue
                     selector.unregister(key.fileobj)
+                    arrives = max(until, time.monotonic() + GRACE_S)  # its first bytes are there
                     with contextlib.suppress(TimeoutError):
-                        outcomes[key.data.spec.rank] = self._receive(key.data, until)
+                        outcomes[key.data.spec.rank] = self._receive(key.data, arrives)
                 until = min(until, time.monotonic() + _grace(outcomes.values()))
         return outcomes
 
@@ -318,6 +318,8 @@ class Gang:
             return outcome
         except EOFError:
             now = time.monotonic()
+        except TimeoutError:
+            raise
         except Exception as error:  # unpickling the result here: a class this process lacks
             rank, words = member.spec.rank, (type(error).__name__, f"reading its result: {error}")
             return "raised", Raised(rank, time.monotonic(), (words,), "")
@@ -472,9 +474,10 @@ class GangPool:
         self._lock = threading.RLock()
 
     def warm(self, world: int, backend: str | None = None) -> None:
-        """Start a gang without waiting for it."""
+        """Start a gang, where there is none, without waiting for it."""
         with self._lock:
-            self._gang(world, backend or self.backend)
+            if (world, backend or self.backend) not in self._gangs:
+                self._gang(world, backend or self.backend)
 
     def run(
         self,
@@ -485,7 +488,7 @@ class GangPool:
         backend: str | None = None,
     ) -> list[Any]:
         """Run `task` in every rank of a world and give one result per rank: `start`, and wait."""
-        return self.start(world, task, payloads, deadline_s, backend)()
+        return self.start(world, task, payloads, deadline_s, backend).results()
 
     def start(
         self,
@@ -494,7 +497,7 @@ class GangPool:
         payloads: Sequence[Any],
         deadline_s: float,
         backend: str | None = None,
-    ) -> Callable[[], list[Any]]:
+    ) -> Pending:
         """Start `task` in every rank of a world; gangs of other worlds may run beside it.
 
         A gang that still runs something, and on GPUs any gang, is waited for first.
@@ -507,9 +510,7 @@ class GangPool:
             backend: "gloo" or "nccl"; None: the pool's.
 
         Returns:
-            A function that waits for the results and gives one per rank. It raises RankFailure
-            where a rank raised, died or hung, and the gang is replaced; Refused where every rank
-            refused alike, and the gang is kept.
+            What waits for the results. Somebody has to: nobody else sees a hang.
 
         Raises:
             RankFailure: a rank did not come up.
@@ -526,17 +527,7 @@ class GangPool:
             except BaseException:  # KeyboardInterrupt too: answers would be left in the channels
                 self._drop(gang)
                 raise
-        return partial(self._results, gang, running)
-
-    def _results(self, gang: Gang, running: Running) -> list[Any]:
-        with self._lock:
-            if gang.running is running:
-                self._finish(gang)
-            if running.error is not None:
-                raise running.error
-            if running.answers is None:
-                raise InfrastructureError("the ranks were ended before they answered")
-            return running.answers
+        return Pending(self, gang, running)
 
     def _finish(self, gang: Gang) -> None:
         """Wait for what a gang still runs; its caller asks for the outcome, now or later."""
@@ -671,6 +662,39 @@ class GangPool:
             )
             gang.members.append(_fork(server, spec))
         return gang
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A task that a pool has started, as `parity.judge.Running` says."""
+
+    pool: GangPool
+    gang: Gang
+    running: Running
+
+    def results(self) -> list[Any]:
+        """Wait for the results and give one per rank; asked again, say the same.
+
+        Raises:
+            RankFailure: a rank raised, died or hung; the gang is killed and replaced when needed.
+            Refused: every rank refused alike; the gang is kept.
+            InfrastructureError: the ranks were ended in between.
+        """
+        with self.pool._lock:
+            if self.gang.running is self.running:
+                self.pool._finish(self.gang)
+        if self.running.error is not None:
+            raise self.running.error
+        if self.running.answers is None:
+            raise InfrastructureError("the ranks were ended before they answered")
+        return self.running.answers
+
+    def cancel(self) -> None:
+        """Have the ranks free again: they have a moment to answer, or are killed."""
+        with self.pool._lock:
+            if self.gang.running is self.running:
+                self.running.until = min(self.running.until, time.monotonic() + GRACE_S)
+                self.pool._finish(self.gang)
 
 
 def _fork(server: Server, spec: Spec) -> Member:

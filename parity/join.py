@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -27,6 +27,7 @@ from parity.rank import RankRuntime, find, report
 
 if TYPE_CHECKING:
     from parity.case import Case
+    from parity.judge import Later
     from parity.session import Selection
 
 _IDLE = timedelta(days=1)
@@ -80,9 +81,11 @@ class Joined:
     def start(
         self, world: int, task: str, payloads: Sequence[Any], deadline_s: float,
         backend: str | None = None,
-    ) -> Callable[[], list[Any]]:  # fmt: skip
-        """Give a function that does `run`: rank 0 is one of the ranks, nothing runs beside it."""
-        return partial(self.run, world, task, payloads, deadline_s, backend)
+    ) -> Later:  # fmt: skip
+        """Put off `run`: rank 0 is one of the ranks, nothing runs beside it."""
+        from parity.judge import Later
+
+        return Later(partial(self.run, world, task, payloads, deadline_s, backend))
 
     def run(
         self, world: int, task: str, payloads: Sequence[Any], deadline_s: float,

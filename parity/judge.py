@@ -7,11 +7,13 @@ after the first the truth is evaluated at the engine's *own* weights before that
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -52,6 +54,30 @@ Replay = Sequence[Sequence[Sequence[Sequence[Any]]]]
 """[step][dp rank][micro-batch][layer] -> (T, K) int64 NumPy array."""
 
 
+class Running(Protocol):
+    """A task that the ranks of a world are running."""
+
+    def results(self) -> list[Any]:
+        """Wait, and give one result per rank, or raise why there is none."""
+
+    def cancel(self) -> None:
+        """See to it that no rank runs it any more; once there are results, do nothing."""
+
+
+@dataclass(frozen=True)
+class Later:
+    """A task that runs when its results are asked for: where nothing can run beside the judge."""
+
+    work: Callable[[], list[Any]]
+
+    def results(self) -> list[Any]:
+        """Run it."""
+        return self.work()
+
+    def cancel(self) -> None:
+        """Nothing is running."""
+
+
 class Pool(Protocol):
     """What runs a task in every rank of a world: `parity.gang.GangPool`."""
 
@@ -62,8 +88,8 @@ class Pool(Protocol):
         payloads: Sequence[Any],
         deadline_s: float,
         backend: str | None = None,
-    ) -> Callable[[], list[Any]]:
-        """Start `module:function` in every rank; the function given waits for their results."""
+    ) -> Running:
+        """Start `module:function` in every rank."""
 
 
 @dataclass(frozen=True)
@@ -346,28 +372,39 @@ class Judge:
     ) -> tuple[_Baseline, Run, Run | None]:
         """Run the baseline and beside it folded; judge the baseline while folded ranks run.
 
-        Cases of equal data, dp and engine share a baseline. A folded run with a checkpoint on the
-        way has its second half run again from there.
+        The judging is a thread's, so that this one sees a hang in time. Cases of equal data, dp
+        and engine share a baseline. A folded run with a checkpoint on the way has its second half
+        run again from there.
         """
         parts = case.engine, case.optimizer, case.steps, setting
         key = f"{_data_key(case)}|{parts}"
-        plain = None
-        if key not in self._baselines:
-            plain = self._start(case, case.layout.baseline(), setting)
-        with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+        known = self._baselines.get(key)
+        at = case.layout.baseline()
+        with (
+            tempfile.TemporaryDirectory(prefix="parity-") as folder,
+            ThreadPoolExecutor(1) as beside,
+            contextlib.ExitStack() as started,
+        ):
             point = None
             if case.checkpoint is not None:
                 point = Checkpoint(folder, case.saved_after, loads=False)
-            finish = self._start(case, case.layout, setting, self.planted, point)
+            plain = None if known else self._start(started, case, at, setting)
+            running = self._start(started, case, case.layout, setting, self.planted, point)
+            judged = None
             if plain is not None:
-                judged = self._judged_baseline(case, plain(), model, weights, setting)
-                _remember(self._baselines, key, judged)
-            folded, resumed = finish(), None
+                run = _finished(case, at, plain)
+                judged = beside.submit(self._judged_baseline, case, run, model, weights, setting)
+            folded, resumed = _finished(case, case.layout, running), None
+            if judged is not None:
+                known = judged.result()
+                _remember(self._baselines, key, known)
             if point is not None and folded.kept is not None:
                 there = Layout(**case.resumed_shape.model_dump())
                 loads = replace(point, loads=True)
-                resumed = self._start(case, there, setting, self.planted, loads)()
-        return self._baselines[key], folded, resumed
+                again = self._start(started, case, there, setting, self.planted, loads)
+                resumed = _finished(case, there, again)
+        assert known is not None
+        return known, folded, resumed
 
     def _judged_baseline(
         self,
@@ -431,25 +468,26 @@ class Judge:
 
     def _start(
         self,
+        started: contextlib.ExitStack,
         case: Case,
         layout: Layout,
         setting: Setting,
         planted: tuple[Planted, ...] = (),
         point: Checkpoint | None = None,
-    ) -> Callable[[], Run]:
-        """Start a run; the function given waits for it and rebuilds what it handed back."""
+    ) -> Running:
+        """Start a run, to be cancelled at the end of the stack where nobody waited for it."""
         order = Order(
             case, self.implementation, layout, setting.seed, setting.lr, setting.clip,
             replay=setting.replay, planted=planted, checkpoint=point,
         )  # fmt: skip
-        if case.engine.backend == "threads":
-            finish = self.pool.start(1, "parity.threads:run", [order], case.deadline_s)
-            return lambda: rebuild(case, layout, finish()[0])
-        payloads = [order] * layout.world
-        finish = self.pool.start(
-            layout.world, "parity.trial:run", payloads, case.deadline_s, case.engine.backend
-        )
-        return lambda: rebuild(case, layout, finish())
+        backend = case.engine.backend
+        if backend == "threads":
+            running = self.pool.start(1, "parity.threads:run", [order], case.deadline_s)
+        else:
+            payloads, world = [order] * layout.world, layout.world
+            running = self.pool.start(world, "parity.trial:run", payloads, case.deadline_s, backend)
+        started.callback(running.cancel)
+        return running
 
     def _rows_of(
         self,
@@ -640,6 +678,12 @@ def _setting(
 
 def _rms(tensor: Tensor) -> float:
     return float(tensor.norm()) / math.sqrt(tensor.numel())
+
+
+def _finished(case: Case, layout: Layout, running: Running) -> Run:
+    """Wait for a run and rebuild what its ranks handed back."""
+    results = running.results()
+    return rebuild(case, layout, results[0] if case.engine.backend == "threads" else results)
 
 
 def rebuild(case: Case, layout: Layout, results: Sequence[RankResult]) -> Run:

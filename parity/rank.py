@@ -364,7 +364,8 @@ def join(spec: Spec) -> RankRuntime:
         device = torch.device("cuda", spec.rank)
         torch.cuda.set_device(device)
     elif hasattr(os, "sched_setaffinity"):  # Linux; before Gloo's threads, which inherit it
-        os.sched_setaffinity(0, cores_of(spec.rank, spec.world_size, os.sched_getaffinity(0)))
+        with contextlib.suppress(OSError):  # a container may forbid it
+            os.sched_setaffinity(0, cores_of(spec.rank, spec.world_size, os.sched_getaffinity(0)))
     dist.init_process_group(
         spec.backend,
         store=FileStore(spec.store, spec.world_size),

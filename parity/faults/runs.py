@@ -22,7 +22,7 @@ from parity.case import Case
 from parity.errors import ParityError
 from parity.faults.catalogue import BY_ID, OWN, Fault
 from parity.faults.detectors import DETECTORS, LEGEND, Seen
-from parity.judge import Judge
+from parity.judge import Judge, Later, Running
 from parity.report import tables
 from parity.session import DEFAULT_IMPLEMENTATION, MAX_LIVE_RANKS, PRELOAD
 from parity.store import Row
@@ -46,10 +46,10 @@ class Ranks:
         payloads: Sequence[Any],
         deadline_s: float,
         backend: str | None = None,
-    ) -> Callable[[], list[Any]]:
+    ) -> Running:
         """Start the task in every rank of a world, as `parity.judge.Pool` says."""
         if task == "parity.threads:run":  # no start-up, and no process to lose
-            return lambda: [threads.run(None, order) for order in payloads]
+            return Later(lambda: [threads.run(None, order) for order in payloads])
         if self._gangs is None:
             preload = (*gang.PRELOAD, *PRELOAD, *warm.DEEPSPEED)
             self._gangs = gang.GangPool(preload, max_live_ranks=MAX_LIVE_RANKS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from parity.case import Case, make
 from parity.compare import RowContext
 from parity.errors import CaseError
 from parity.implementation import Placement, Shard
-from parity.judge import Judge
+from parity.judge import Judge, Later, Running
 from parity.layout import Layout
 from parity.pieces import Pieces
 from parity.store import FAILING, Row
@@ -38,11 +38,11 @@ class InThreads:
         payloads: Sequence[Any],
         deadline_s: float,
         backend: str | None = None,
-    ) -> Callable[[], list[Any]]:
+    ) -> Running:
         """Start a world, as `parity.judge.Pool` says."""
         assert (world, task, backend) == (1, "parity.threads:run", None)
         assert deadline_s > 0
-        return lambda: [threads.run(None, order) for order in payloads]
+        return Later(lambda: [threads.run(None, order) for order in payloads])
 
 
 def case(point: str | None, **fields: Any) -> Case:

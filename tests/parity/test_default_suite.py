@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,14 @@ SIXTY_FOUR_U = 64 * 2.0**-53
 class ThreadPool:
     """Stands in for the gangs: every world is threads of this process."""
 
-    def start(
-        self, _world: int, task: str, payloads: Sequence[Any], *_: Any
-    ) -> Callable[[], list[Any]]:
+    def start(self, _world: int, task: str, payloads: Sequence[Any], *_: Any) -> judge.Running:
         """Run the order in threads, as the task asks for its results."""
 
         def finish() -> list[Any]:
             results = threads.run(None, payloads[0])
             return [results] if task == "parity.threads:run" else results
 
-        return finish
+        return judge.Later(finish)
 
 
 def rows_of(case: Case, **judging: Any) -> list[Row]:

@@ -19,9 +19,9 @@ from parity.case import Case
 from parity.causes import BY_ID, CAUSES, Setting
 from parity.errors import UsageError
 from parity.evidence import factor_table, observe, setting_of, symbols_of
-from parity.judge import Judge
+from parity.judge import Judge, Later, Running
 from parity.store import FAILING, Row, RunDirectory
-from parity.trial import Order, Planted, RankResult
+from parity.trial import Order, Planted
 from tests.parity.example_rows import passing, row
 
 
@@ -35,11 +35,11 @@ class Here:
         payloads: Sequence[Any],
         _deadline_s: float,
         _backend: str | None = None,
-    ) -> Callable[[], list[list[RankResult]]]:
+    ) -> Running:
         """Start one order."""
         (order,) = payloads
         assert isinstance(order, Order)
-        return lambda: [threads.run(None, order)]
+        return Later(lambda: [threads.run(None, order)])
 
 
 def case(**changes: Any) -> Case:

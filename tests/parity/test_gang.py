@@ -242,21 +242,37 @@ def test_two_worlds_run_beside_one_another(pool: GangPool, tmp_path: Path) -> No
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     first = pool.start(1, named(wait_for), [(one, two)], LONG_S)
     second = pool.start(2, named(wait_for), [(two, one)] * 2, LONG_S)
-    assert second() == ["two saw one"] * 2
-    assert first() == ["one saw two"]
-    assert first() == ["one saw two"], "asked again, it is the same"
+    assert second.results() == ["two saw one"] * 2
+    assert first.results() == ["one saw two"]
+    assert first.results() == ["one saw two"], "asked again, it is the same"
 
 
 def test_a_gang_does_one_task_after_the_other(pool: GangPool) -> None:
-    """A second task waits for the first, whose results are kept, or given up, as is its error."""
+    """A second task waits for the first, whose results are kept, as is its error."""
     first = pool.start(2, named(echo_payload), ["a", "b"], LONG_S)
     second = pool.start(2, named(echo_payload), ["c", "d"], LONG_S)
-    assert [payload for *_, payload in first()] == ["a", "b"]
-    assert [payload for *_, payload in second()] == ["c", "d"]
+    assert [payload for *_, payload in first.results()] == ["a", "b"]
+    assert [payload for *_, payload in second.results()] == ["c", "d"]
     failing = pool.start(2, named(raise_in_one), [None] * 2, LONG_S)
     assert run(pool, 2, sum_ranks) == [3.0] * 2, "by a fresh gang"
     with pytest.raises(RankFailure, match="boom"):
-        failing()
+        failing.results()
+
+
+def test_a_cancelled_run_leaves_its_ranks_free(pool: GangPool) -> None:
+    """Ranks that answer at once are kept; those that hang are gone soon, not at their deadline."""
+    pool.start(2, named(echo_payload), [None] * 2, LONG_S).cancel()
+    before = pool.gangs()[2, "gloo"]
+    assert run(pool, 2, sum_ranks) == [3.0] * 2
+    assert pool.gangs()[2, "gloo"] == before
+    start = time.monotonic()
+    hanging = pool.start(2, named(sleep_in_one), [None] * 2, LONG_S)
+    hanging.cancel()
+    assert time.monotonic() - start < 3.0
+    assert (2, "gloo") not in pool.gangs()
+    assert wait_gone(before, 5.0) == []
+    with pytest.raises(RankFailure, match="rank 1"):
+        hanging.results()
 
 
 def test_results_after_the_end_of_the_ranks_are_an_error(pool: GangPool) -> None:
@@ -264,7 +280,17 @@ def test_results_after_the_end_of_the_ranks_are_an_error(pool: GangPool) -> None
     pending = pool.start(2, named(sleep_in_one), [None] * 2, LONG_S)
     pool.end()
     with pytest.raises(InfrastructureError, match="ended before they answered"):
-        pending()
+        pending.results()
+
+
+@pytest.mark.parametrize("megabytes", [1, 16])
+def test_answers_that_are_there_count_however_late_they_are_asked_for(
+    pool: GangPool, megabytes: int
+) -> None:
+    """More than a socket holds: the rest comes while it is read, behind the deadline."""
+    late = pool.start(2, named(large_array), [megabytes << 17] * 2, 0.5)
+    time.sleep(1.0)
+    assert [len(answer["array"]) for answer in late.results()] == [megabytes << 17] * 2
 
 
 def test_large_results_arrive_whole_and_writable(pool: GangPool) -> None:

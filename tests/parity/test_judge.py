@@ -6,7 +6,7 @@ Ranks are threads and everything is float64, so a healthy row is within 64 * 2^-
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,11 +57,11 @@ class Threads:
         payloads: Sequence[Any],
         deadline_s: float,  # noqa: ARG002 - part of the protocol
         backend: str | None = None,  # noqa: ARG002
-    ) -> Callable[[], list[Any]]:
+    ) -> judge.Running:
         """Do what a gang of one rank would do with `parity.threads:run`."""
         assert (world, task) == (1, "parity.threads:run")
         self.orders.append(payloads[0])
-        return lambda: [threads.run(None, payloads[0])]
+        return judge.Later(lambda: [threads.run(None, payloads[0])])
 
 
 def fresh(**kwargs: Any) -> tuple[Judge, Threads]:
@@ -495,17 +495,17 @@ class Noting(Threads):
         super().__init__()
         self.notes: list[tuple[str, int]] = []
 
-    def start(self, *arguments: Any, **keywords: Any) -> Callable[[], list[Any]]:
+    def start(self, *arguments: Any, **keywords: Any) -> judge.Running:
         """Note the world, and once more when its results are wanted."""
-        finish = super().start(*arguments, **keywords)
+        running = super().start(*arguments, **keywords)
         world = self.orders[-1].layout.world
         self.notes.append(("started", world))
 
         def noted() -> list[Any]:
             self.notes.append(("asked", world))
-            return finish()
+            return running.results()
 
-        return noted
+        return judge.Later(noted)
 
 
 def test_the_folded_run_goes_on_while_the_baseline_is_judged() -> None:
@@ -522,13 +522,13 @@ def test_the_folded_run_goes_on_while_the_baseline_is_judged() -> None:
 class Refusing(Threads):
     """A pool whose ranks all refuse."""
 
-    def start(self, *_: Any, **__: Any) -> Callable[[], list[Any]]:
+    def start(self, *_: Any, **__: Any) -> judge.Running:
         """Let every rank refuse."""
 
-        def finish() -> list[Any]:
+        def refuse() -> list[Any]:
             raise Refused("not with sequence parallelism")
 
-        return finish
+        return judge.Later(refuse)
 
 
 def test_a_refusal_is_one_skipped_row_in_the_implementations_words() -> None:

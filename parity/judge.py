@@ -382,9 +382,10 @@ class Judge:
         at = case.layout.baseline()
         with (
             tempfile.TemporaryDirectory(prefix="parity-") as folder,
-            ThreadPoolExecutor(1) as beside,
             contextlib.ExitStack() as started,
         ):
+            beside = ThreadPoolExecutor(1)
+            started.callback(beside.shutdown, wait=False)  # a failure is told before it is done
             point = None
             if case.checkpoint is not None:
                 point = Checkpoint(folder, case.saved_after, loads=False)

@@ -6,8 +6,10 @@ Ranks are threads and everything is float64, so a healthy row is within 64 * 2^-
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +44,9 @@ FOLDED = {"shape.world": 4, "shape.tp": 2, "shape.ep": 4}
 def small(**fields: Any) -> case.Case:
     """Make a small folded case of world 4, tp 2, ep 4."""
     return case.make({**TINY, **FOLDED, **fields}, suite="s", file="f")
+
+
+LONG_S = 60.0
 
 
 class Threads:
@@ -517,6 +522,54 @@ def test_the_folded_run_goes_on_while_the_baseline_is_judged() -> None:
     assert pool.notes == both
     judging.rows(small())
     assert pool.notes == [*both, ("started", 4), ("asked", 4)]
+
+
+class Failing(Threads):
+    """A pool where the runs of one world fail; it notes which runs are cancelled, and where."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        self.world = world
+        self.cancelled: list[tuple[int, bool]] = []
+
+    def start(self, *arguments: Any, **keywords: Any) -> judge.Running:
+        """Fail, or run, when asked for results."""
+        running = super().start(*arguments, **keywords)
+        order, pool = self.orders[-1], self
+
+        class Watched:
+            def results(self) -> list[Any]:
+                if order.layout.world == pool.world:
+                    raise Refused(f"not on {pool.world}")
+                return running.results()
+
+            def cancel(self) -> None:
+                folder = order.checkpoint and Path(order.checkpoint.folder)
+                pool.cancelled.append((order.layout.world, bool(folder and folder.is_dir())))
+
+        return Watched()
+
+
+def test_a_baseline_that_fails_cancels_the_folded_run_before_its_folder_goes() -> None:
+    """Ranks that still save must not find their folder gone; the baseline's words are told."""
+    pool = Failing(world=2)
+    made = small(**{"steps": 2, "checkpoint": "resume"})
+    (row,) = Judge(implementation="fold_impl", pool=pool).rows(made)
+    assert (row.verdict, row.reason) == ("skipped", "not on 2")
+    assert (4, True) in pool.cancelled
+
+
+def test_a_folded_failure_is_told_before_the_baseline_is_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The judging goes on in a thread that nobody waits for then."""
+    ended = threading.Event()
+    monkeypatch.setattr(Judge, "_judged_baseline", lambda *_: ended.wait(LONG_S))
+    try:
+        (row,) = Judge(implementation="fold_impl", pool=Failing(world=4)).rows(small())
+        assert (row.reason, ended.is_set()) == ("not on 4", False)
+    finally:
+        ended.set()
 
 
 class Refusing(Threads):

@@ -182,6 +182,7 @@ class Judge:
         self.last: Comparison | None = None
         self._truths: dict[str, reference.Evaluation] = {}
         self._baselines: dict[str, _Baseline] = {}
+        self._beside = ThreadPoolExecutor(1)
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -384,8 +385,6 @@ class Judge:
             tempfile.TemporaryDirectory(prefix="parity-") as folder,
             contextlib.ExitStack() as started,
         ):
-            beside = ThreadPoolExecutor(1)
-            started.callback(beside.shutdown, wait=False)  # a failure is told before it is done
             point = None
             if case.checkpoint is not None:
                 point = Checkpoint(folder, case.saved_after, loads=False)
@@ -394,7 +393,9 @@ class Judge:
             judged = None
             if plain is not None:
                 run = _finished(case, at, plain)
-                judged = beside.submit(self._judged_baseline, case, run, model, weights, setting)
+                judged = self._beside.submit(
+                    self._judged_baseline, case, run, model, weights, setting
+                )
             folded, resumed = _finished(case, case.layout, running), None
             if judged is not None:
                 known = judged.result()

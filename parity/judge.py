@@ -13,7 +13,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -182,7 +181,6 @@ class Judge:
         self.last: Comparison | None = None
         self._truths: dict[str, reference.Evaluation] = {}
         self._baselines: dict[str, _Baseline] = {}
-        self._beside = ThreadPoolExecutor(1)
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -371,11 +369,11 @@ class Judge:
     def _runs(
         self, case: Case, model: nn.Module, weights: Mapping[str, Tensor], setting: Setting
     ) -> tuple[_Baseline, Run, Run | None]:
-        """Run the baseline and beside it folded; judge the baseline while folded ranks run.
+        """Run the baseline and beside it folded, then judge the baseline.
 
-        The judging is a thread's, so that this one sees a hang in time. Cases of equal data, dp
-        and engine share a baseline. A folded run with a checkpoint on the way has its second half
-        run again from there.
+        Not before folded ranks have answered: nobody else would see a hang in time. Cases of equal
+        data, dp and engine share a baseline. A folded run with a checkpoint on the way has its
+        second half run again from there.
         """
         parts = case.engine, case.optimizer, case.steps, setting
         key = f"{_data_key(case)}|{parts}"
@@ -390,15 +388,10 @@ class Judge:
                 point = Checkpoint(folder, case.saved_after, loads=False)
             plain = None if known else self._start(started, case, at, setting)
             running = self._start(started, case, case.layout, setting, self.planted, point)
-            judged = None
-            if plain is not None:
-                run = _finished(case, at, plain)
-                judged = self._beside.submit(
-                    self._judged_baseline, case, run, model, weights, setting
-                )
+            run = None if plain is None else _finished(case, at, plain)
             folded, resumed = _finished(case, case.layout, running), None
-            if judged is not None:
-                known = judged.result()
+            if run is not None:
+                known = self._judged_baseline(case, run, model, weights, setting)
                 _remember(self._baselines, key, known)
             if point is not None and folded.kept is not None:
                 there = Layout(**case.resumed_shape.model_dump())

@@ -199,16 +199,6 @@ Outcome = tuple[str, Any] | Died
 
 
 @dataclass(eq=False)
-class Running:
-    """A task that the ranks of a gang run, and what became of it."""
-
-    deadline_s: float
-    until: float
-    answers: list[Any] | None = None
-    error: Exception | None = None
-
-
-@dataclass(eq=False)
 class Gang:
     """The ranks of one world; started when made, joined at the first run."""
 
@@ -219,7 +209,7 @@ class Gang:
     joined: bool = False
     runs: int = 0
     """Tasks it has been given."""
-    running: Running | None = None
+    running: Pending | None = None
     """The task whose answers have not been received."""
 
     @property
@@ -258,24 +248,20 @@ class Gang:
             if time.monotonic() > until:
                 raise InfrastructureError(f"the fork server did not preload in {deadline_s:g} s")
             self.server.hear(0.2)
-        self._settle(deadline_s)
+        self.settle(deadline_s)
         self.joined = True
 
-    def start(self, task: str, payloads: Sequence[Any], deadline_s: float) -> Running:
-        """Give every rank a task; payloads are pickled before any rank hears of it."""
+    def start(self, task: str, payloads: Sequence[Any], deadline_s: float) -> float:
+        """Give every rank a task, pickled before any hears of it; tell until when it may run."""
         frames = [encode((task, payload)) for payload in payloads]
-        self.runs += 1
-        self.running = running = Running(deadline_s, time.monotonic() + deadline_s)
+        until = time.monotonic() + deadline_s
         for member, frame in zip(self.members, frames, strict=True):
             with contextlib.suppress(OSError):  # gone or stuck: its answer will not come
-                member.channel.send(frame, running.until)
-        return running
+                member.channel.send(frame, until)
+        self.runs += 1
+        return until
 
-    def settle(self, running: Running) -> None:
-        """Receive the answers of a task, or raise the root cause of why there are none."""
-        running.answers = self._settle(running.deadline_s, running.until)
-
-    def _settle(self, deadline_s: float, until: float | None = None) -> list[Any]:
+    def settle(self, deadline_s: float, until: float | None = None) -> list[Any]:
         """Give the answer of every rank, or raise the root cause of why there is none."""
         outcomes = self._collect(until or time.monotonic() + deadline_s)
         reports = _failures(outcomes.values())
@@ -523,11 +509,12 @@ class GangPool:
             gang = self._gang(world, backend or self.backend)
             try:
                 gang.join(self.start_deadline_s)
-                running = gang.start(task, payloads, deadline_s)
+                until = gang.start(task, payloads, deadline_s)
             except BaseException:  # KeyboardInterrupt too: answers would be left in the channels
                 self._drop(gang)
                 raise
-        return Pending(self, gang, running)
+            gang.running = Pending(self, gang, deadline_s, until)
+            return gang.running
 
     def _finish(self, gang: Gang) -> None:
         """Wait for what a gang still runs; its caller asks for the outcome, now or later."""
@@ -535,7 +522,7 @@ class GangPool:
         if running is None:
             return
         try:
-            gang.settle(running)
+            running.answers = gang.settle(running.deadline_s, running.until)
         except Refused as refusal:
             running.error = refusal
         except Exception as error:
@@ -664,13 +651,16 @@ class GangPool:
         return gang
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Pending:
-    """A task that a pool has started, as `parity.judge.Running` says."""
+    """A task that a gang of a pool runs, and what became of it; `parity.judge.Running`."""
 
     pool: GangPool
     gang: Gang
-    running: Running
+    deadline_s: float
+    until: float
+    answers: list[Any] | None = None
+    error: Exception | None = None
 
     def results(self) -> list[Any]:
         """Wait for the results and give one per rank; asked again, say the same.
@@ -681,19 +671,19 @@ class Pending:
             InfrastructureError: the ranks were ended in between.
         """
         with self.pool._lock:
-            if self.gang.running is self.running:
+            if self.gang.running is self:
                 self.pool._finish(self.gang)
-        if self.running.error is not None:
-            raise self.running.error
-        if self.running.answers is None:
+        if self.error is not None:
+            raise self.error
+        if self.answers is None:
             raise InfrastructureError("the ranks were ended before they answered")
-        return self.running.answers
+        return self.answers
 
     def cancel(self) -> None:
         """Have the ranks free again: they have a moment to answer, or are killed."""
         with self.pool._lock:
-            if self.gang.running is self.running:
-                self.running.until = min(self.running.until, time.monotonic() + GRACE_S)
+            if self.gang.running is self:
+                self.until = min(self.until, time.monotonic() + GRACE_S)
                 self.pool._finish(self.gang)
 
 

@@ -379,12 +379,10 @@ class Judge:
         key = f"{_data_key(case)}|{parts}"
         known = self._baselines.get(key)
         at = case.layout.baseline()
-        with (
-            tempfile.TemporaryDirectory(prefix="parity-") as folder,
-            contextlib.ExitStack() as started,
-        ):
+        with contextlib.ExitStack() as started:
             point = None
-            if case.checkpoint is not None:
+            if case.checkpoint is not None:  # its folder goes after the runs that write there
+                folder = started.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
                 point = Checkpoint(folder, case.saved_after, loads=False)
             plain = None if known else self._start(started, case, at, setting)
             running = self._start(started, case, case.layout, setting, self.planted, point)

@@ -332,7 +332,6 @@ def test_ranks_have_their_environment_and_the_caller_keeps_its_own(pool: GangPoo
     assert dict(os.environ) == before
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are chosen on Linux only")
 def test_ranks_share_the_cores_out(pool: GangPool) -> None:
     """Every core is some rank's, none of a lone rank's is taken away, Gloo's threads keep to it."""
     allowed = os.sched_getaffinity(0)

@@ -76,6 +76,15 @@ def towards_mean(load_E: Tensor) -> Tensor:
     return (load_E.sum() - load_E.numel() * load_E).sign()
 
 
+def broadcast_biases(layers: Sequence[FoldedMoE], groups: FoldGroups) -> None:
+    """Give every rank the first one's correction biases: no parameters, but they choose experts.
+
+    Who must call: every rank of the stage.
+    """
+    routers = [layer.get_router() for layer in layers]
+    groups.stage.broadcast([r.get_buffer(CORRECTION_BIAS) for r in routers if _has_bias(r)])
+
+
 def check_rate(model: nn.Module, preset: Preset, rate: float) -> None:
     """Refuse a rate for a model without a correction bias, before it is folded.
 

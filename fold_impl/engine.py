@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from fold_impl import states
-from fold_impl.balance import CorrectionBias, check_rate
+from fold_impl.balance import CorrectionBias, broadcast_biases, check_rate
 from fold_impl.checkpoint import CheckpointError, Checkpointing, OptimizerState
 from fold_impl.checks import check
 from fold_impl.config import ConfigError, FoldConfig
@@ -117,7 +117,7 @@ class NativeEngine(Checkpointing):
             )
 
     def broadcast_weights(self) -> None:
-        """Give every rank the weights of the first rank that holds the same parts.
+        """Give every rank the weights and biases of the first rank that holds the same parts.
 
         Who must call: every rank of the stage.
         """
@@ -128,6 +128,7 @@ class NativeEngine(Checkpointing):
             kinds.setdefault((axis, weight.dtype), []).append(weight)
         for (axis, _), weights in kinds.items():
             getattr(self.groups, axis).broadcast(weights)
+        broadcast_biases(self.moe_layers(), self.groups)
 
     def allreduce_gradients(self) -> None:
         """Reduce the accumulated gradients; `step` does so where it has not been done."""

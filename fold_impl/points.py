@@ -21,6 +21,8 @@ POINTS: dict[str, str] = {
     "auxiliary.scope": "'rank' or 'global': whose tokens are counted; context: layer",
     "auxiliary.load": "(E,) tokens per expert over the scope; context: layer",
     "auxiliary.tokens": "number of tokens over the scope; context: layer",
+    "auxiliary.load_balance": "scalar load balance of a layer, before its coefficient; layer",
+    "auxiliary.z_loss": "scalar z-loss of a layer, before its coefficient; context: layer",
     "auxiliary.loss": "scalar auxiliary loss of a layer; context: layer",
     "bias.counted": "whether this lane's token counts enter the sum over the stage; context: none",
     "bias.load": "(L * E,) tokens of a step per layer and expert over all ranks; context: none",

@@ -119,6 +119,8 @@ def auxiliary_loss(
     total = points("auxiliary.tokens", exact[-1], layer=layer)
     balance = experts * (load_E / total * (probability_TE.sum(0) / total)).sum()
     z = logits_TE.logsumexp(-1).square().sum() / total
+    balance = points("auxiliary.load_balance", balance, layer=layer)
+    z = points("auxiliary.z_loss", z, layer=layer)
     loss = share * (options.load_balance * balance + options.z_loss * z)
     passed: Tensor = points("auxiliary.loss", loss, layer=layer)
     return passed

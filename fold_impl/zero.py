@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fold_impl import states
-from fold_impl.balance import CorrectionBias
+from fold_impl.balance import CorrectionBias, broadcast_biases
 from fold_impl.checkpoint import CheckpointError, Checkpointing, OptimizerState
 from fold_impl.config import ConfigError, FoldConfig, Unsupported
 from fold_impl.families import FoldedParameter
@@ -179,13 +179,14 @@ class ZeroEngine(Checkpointing, DeepSpeedEngine):  # type: ignore[misc]
         self.has_moe_layers = any(kind.name is not None for kind in self.plan.kinds())
 
     def _broadcast_model(self) -> None:
-        """Give every rank the weights of the first rank that holds the same parts.
+        """Give every rank the weights and biases of the first rank that holds the same parts.
 
         In few messages, where DeepSpeed sends parameter by parameter. Who must call: all ranks.
         """
         for kind in self.plan.kinds():
             members = [m for m in self.plan.members if m.kind.name == kind.name]
             kind.replicas.broadcast([m.folded.parameter.detach() for m in members])
+        broadcast_biases(self.moe_layer_modules(), self.groups)
 
     def _configure_fp16_optimizer(self, optimizer: Any, low_precision_dtype: torch.dtype) -> Any:
         scales = LossScaleConfig(

@@ -339,7 +339,7 @@ _SHARES = (
     ),
     Cause(
         "auxiliary-scaled", "auxiliary",
-        "the auxiliary loss reaches the router with a factor: it never passes the restore",
+        "auxiliary losses, or one of them, reach the router with a factor: none passes the restore",
         shows=lambda s: _and(s.auxiliary, _maybe(True)),
     ),
     Cause(

@@ -262,13 +262,14 @@ class _Regression:
     def _of(self, row: Row, actual: Tensor, split: reference.Shares) -> dict[str, Any]:
         name = str(row.tensor)
         unit = UNIT_ROUNDOFF[getattr(torch, row.engine["dtype"])]
-        own = split.auxiliary.get(self.case.auxiliary.scope)
+        scope = self.case.auxiliary.scope
+        own = [added for (of, _), added in split.auxiliary.items() if of == scope]
         main = [[part[name] for part in parts] for parts in split.main]
         whole = main
-        if own:
+        for added in own:
             whole = [
                 [a + b[name] for a, b in zip(x, y, strict=True)]
-                for x, y in zip(main, own, strict=True)
+                for x, y in zip(whole, added, strict=True)
             ]
         fit = solve(actual, [t for parts in whole for t in parts], unit)
         if fit is not None:
@@ -292,18 +293,18 @@ class _Regression:
         self, name: str, actual: Tensor, main: list[list[Tensor]], split: reference.Shares,
         unit: float,
     ) -> dict[str, Any]:  # fmt: skip
-        """Fit the main loss's shares as a whole and the auxiliary losses in both scopes."""
-        total = {
-            scope: torch.stack([part[name] for parts in table for part in parts]).sum(0)
-            for scope, table in split.auxiliary.items()
-        }
-        mine = self.case.auxiliary.scope
-        other = "rank" if mine == "global" else "global"
-        columns = [torch.stack([t for parts in main for t in parts]).sum(0), total[mine]]
-        for further in ([], [total[other]]):
-            fit = solve(actual, [*columns, *further], unit)
-            if fit is not None:
-                return {"main_and_auxiliary": fit}
+        """Fit the main loss as a whole and the auxiliary losses: all, each, or in both scopes."""
+        scope = self.case.auxiliary.scope
+        each = split.of_losses(name, scope)
+        others = split.of_losses(name, "rank" if scope == "global" else "global")
+        whole = torch.stack([t for parts in main for t in parts]).sum(0)
+        mine, other = (torch.stack([*found.values()]).sum(0) for found in (each, others))
+        if (fit := solve(actual, [whole, mine], unit)) is not None:
+            return {"main_and_auxiliary": fit}
+        if (fit := solve(actual, [whole, *each.values()], unit)) is not None:
+            return {"main_and_each": dict(zip(("main", *each), fit, strict=True))}
+        if (fit := solve(actual, [whole, mine, other], unit)) is not None:
+            return {"main_and_auxiliary": fit}
         return {}
 
     def _auxiliary_counts(

@@ -24,6 +24,8 @@ from parity.hugging_face import Gate, lifted
 DTYPE = torch.float64
 CORRECTION_BIAS = "e_score_correction_bias"
 """Buffer of a router that is added to the scores experts are chosen by."""
+AUXILIARY = ("load_balance", "z_loss")
+"""Auxiliary losses, named as their coefficients in `parity.case.Auxiliary`."""
 
 
 @dataclass(frozen=True)
@@ -237,13 +239,22 @@ class Shares:
     """What each (dp rank, micro-batch) contributes to some gradients: [dp rank][micro-batch].
 
     main: gradient of its loss's part of the objective, auxiliary losses left out; name -> float64.
-    auxiliary: scope -> the same for the auxiliary losses through its logits; empty without any.
+    auxiliary: (scope, loss) -> the same for an auxiliary loss through its logits, `load_balance`
+        or `z_loss`, those that the case has.
     tokens: how many tokens it has. Main and the case's own scope add up to the whole gradient.
     """
 
     main: list[list[dict[str, Tensor]]]
-    auxiliary: dict[str, list[list[dict[str, Tensor]]]]
+    auxiliary: dict[tuple[str, str], list[list[dict[str, Tensor]]]]
     tokens: list[list[int]]
+
+    def of_losses(self, name: str, scope: str) -> dict[str, Tensor]:
+        """Add up what each auxiliary loss contributes to one gradient, in a scope."""
+        return {
+            loss: torch.stack([part[name] for parts in table for part in parts]).sum(0)
+            for (of, loss), table in self.auxiliary.items()
+            if of == scope
+        }
 
 
 def shares(
@@ -267,11 +278,10 @@ def shares(
     leaves = {name: w.detach().to(DTYPE).requires_grad_() for name, w in weights.items()}
     dp, gas, gates = len(batches), len(batches[0]), models.gates(model)
     is_tiny = case.model.name == "tiny"  # the loss of the others holds its own auxiliary loss
-    active = is_tiny and case.auxiliary.active
-    scopes = ("rank", "global") if active else ()
+    has = [loss for loss in AUXILIARY if is_tiny and getattr(case.auxiliary, loss)]
     main: list[list[dict[str, Tensor]]] = [[] for _ in range(dp)]
-    auxiliary: dict[str, list[list[dict[str, Tensor]]]]
-    auxiliary = {scope: [[] for _ in range(dp)] for scope in scopes}
+    auxiliary: dict[tuple[str, str], list[list[dict[str, Tensor]]]]
+    auxiliary = {(s, loss): [[] for _ in range(dp)] for s in ("rank", "global") for loss in has}
     with nullcontext() if is_tiny else lifted():
         for m in range(gas):
             logits = []
@@ -282,10 +292,10 @@ def shares(
                 main[r].append(_split(loss / (dp * gas), leaves, names))
                 logits.append([layer.logits_TE for layer in gates])
             picks = [routing[r][m] for r in range(dp)]
-            for scope in scopes:
+            for (scope, name), table in auxiliary.items():
                 for r in range(dp):
-                    loss = _auxiliary_of(case, scope, r, logits, picks) / gas
-                    auxiliary[scope][r].append(_split(loss, leaves, names))
+                    loss = _auxiliary_of(case, scope, name, r, logits, picks) / gas
+                    table[r].append(_split(loss, leaves, names))
     models.force_routing(gates, [None] * len(gates))
     tokens = [[int(batch.input_ids.numel()) for batch in row] for row in batches]
     return Shares(main, auxiliary, tokens)
@@ -294,12 +304,14 @@ def shares(
 def _auxiliary_of(
     case: Case,
     scope: str,
+    name: str,
     rank: int,
     logits: Sequence[Sequence[Tensor]],
     picks: Sequence[Sequence[Tensor]],
 ) -> Tensor:
-    """Compute one micro-batch's auxiliary losses, to be differentiated by one rank's logits."""
-    spec = case.auxiliary.model_copy(update={"scope": scope})
+    """Compute one auxiliary loss of one micro-batch, to be differentiated by one rank's logits."""
+    others = {other: 0.0 for other in AUXILIARY if other != name}
+    spec = case.auxiliary.model_copy(update={"scope": scope, **others})
     layers = []
     for n in range(len(logits[0])):
         seen = [of[n] if r == rank else of[n].detach() for r, of in enumerate(logits)]

@@ -247,6 +247,11 @@ _SHARE_PATTERNS: Mapping[str, Callable[[Observation, Table], bool]] = MappingPro
 def _auxiliary(cause: Cause, o: Observation) -> bool:
     if o.detail("auxiliary_counts"):
         return cause.id == "auxiliary-scope"
+    if each := o.detail("main_and_each"):
+        if any(not _is(o, c["main"], 1.0) for c in each):
+            return False
+        wrong = {loss for c in each for loss in c if not _is(o, c[loss], 1.0)}
+        return (cause.id == "auxiliary-scope") == (len(wrong) > 1)
     fits = o.detail("main_and_auxiliary")
     if not fits:
         return False
@@ -260,7 +265,7 @@ def _detached(_: Cause, o: Observation) -> bool:
         return False  # a lost path is no round-off
     if not o.backward_only or not o.above_is_right or o.top_state("expert") != "ok":
         return False
-    if o.detail("auxiliary_counts") or o.detail("paths"):
+    if o.detail("auxiliary_counts") or o.detail("main_and_each") or o.detail("paths"):
         return False
     fits = o.detail("main_and_auxiliary")
     if fits:
@@ -363,8 +368,8 @@ def _forward(o: Observation) -> bool:
 
 def _is_bare(o: Observation) -> bool:
     """The loss is wrong, and its gradients are no combination of right ones."""
-    fitted = o.detail("shares") or o.detail("main_and_auxiliary") or o.detail("auxiliary_counts")
-    return o.forward_differs and not fitted
+    fits = ("shares", "main_and_auxiliary", "main_and_each", "auxiliary_counts")
+    return o.forward_differs and not any(o.detail(fit) for fit in fits)
 
 
 def _spans(o: Observation) -> Mapping[str, Any] | None:

@@ -153,9 +153,8 @@ class _Step:
         routing = self.last.truths[self.number - 1].routing
         model = models.build_for(self.case, self.seed)
         split = reference.shares(self.case, model, self._leaves(), self._drawn(), names, routing)
-        table = split.auxiliary.get(self.case.auxiliary.scope, [])
-        parts = [part for of_rank in table for part in of_rank]
-        return {name: torch.stack([p[name] for p in parts]).sum(0) for name in names if parts}
+        found = {name: split.of_losses(name, self.case.auxiliary.scope) for name in names}
+        return {name: torch.stack([*t.values()]).sum(0) for name, t in found.items() if t}
 
     def _drawn(self) -> batches.StepBatches:
         return batches.make(self.case, self.case.layout.dp, self.number, self.seed)

@@ -78,6 +78,9 @@ def _made_of(row: Row) -> list[str]:
         named = zip(("main loss", "auxiliary losses", "in the other scope"), parts, strict=False)
         text = ", ".join(f"{what} x {_round(c):g}" for what, c in named)
         said.append(f"{row.tensor}: {text}")
+    if each := detail.get("main_and_each"):
+        text = ", ".join(f"{what.replace('_', '-')} x {_round(c):g}" for what, c in each.items())
+        said.append(f"{row.tensor}: {text}")
     if paths := detail.get("paths"):
         text = ", ".join(f"{what} x {_round(c):g}" for what, c in paths.items())
         said.append(f"{row.tensor}: paths into the layer: {text}")

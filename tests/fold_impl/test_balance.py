@@ -101,6 +101,8 @@ class Job:
     steps: tuple[int, int] = (1, STEPS)
     overflows: bool = False
     """In each step, on the last rank."""
+    apart: bool = False
+    """Each rank begins with biases of its own."""
 
 
 def build(job: Job, runtime: RankRuntime) -> Any:
@@ -119,6 +121,10 @@ def build(job: Job, runtime: RankRuntime) -> Any:
         **(job.sections or {}),
     }
     model = full_model(0 if job.source is None else 9)
+    if job.apart:
+        for name, bias in model.named_buffers():
+            if name.endswith(BIAS):
+                bias += runtime.rank + torch.arange(SPEC.experts)
     parsed = FoldConfig.from_dict(config, world)
     return build_engine(model, parsed, runtime.rank, new_group=runtime.new_group)
 
@@ -161,6 +167,16 @@ def run(runtime: RankRuntime, job: Job) -> Trace:
         engine.close()
     layers = [load.view(-1, SPEC.experts).tolist() for load in seen]
     return Trace(layers, biases)
+
+
+def biases_drawn_apart(runtime: RankRuntime, job: Job) -> list[list[float]]:
+    """Start from biases that each rank drew for itself; give those it begins with."""
+    engine = build(replace(job, apart=True), runtime)
+    if job.sections is None:
+        engine.broadcast_weights()
+    else:
+        engine.close()
+    return [b.tolist() for n, b in engine.module.named_buffers() if n.endswith(BIAS)]
 
 
 # --- in the test ---------------------------------------------------------------------------------
@@ -213,6 +229,18 @@ def test_rate_zero_leaves_the_bias(deepspeed_ranks: GangPool) -> None:
     found = do(deepspeed_ranks, Job(rate=0.0, steps=(1, 1)))
     assert found.loads == []
     assert {value for row in found.biases[0] for value in row} == {0.0}
+
+
+@pytest.mark.parametrize("engine", ["native", "zero-0", "zero-2"])
+def test_ranks_that_drew_other_biases_begin_with_the_first(
+    deepspeed_ranks: GangPool, engine: str
+) -> None:
+    """A router that adds another bias chooses other experts: lanes would route apart."""
+    jobs = [Job(sections=ENGINES[engine])] * 4
+    found = deepspeed_ranks.run(4, f"{HERE}:biases_drawn_apart", jobs, DEADLINE_S)
+    first = [float(e) for e in range(SPEC.experts)]
+    assert found[0]
+    assert all(rank == [first] * len(found[0]) for rank in found)
 
 
 def test_a_step_that_is_skipped_moves_no_bias(deepspeed_ranks: GangPool) -> None:

@@ -20,6 +20,7 @@ from parity.causes import BY_ID, CAUSES, Setting
 from parity.errors import UsageError
 from parity.evidence import factor_table, observe, setting_of, symbols_of
 from parity.judge import Judge, Later, Running
+from parity.report.explanation import case_lines
 from parity.store import FAILING, Row, RunDirectory
 from parity.trial import Order, Planted
 from tests.parity.example_rows import passing, row
@@ -272,6 +273,24 @@ def test_the_true_cause_is_in_the_printed_set(fault: Fault) -> None:
     left = [c.id for c in explain.intersect([*found.values()], {c.id: c for c in SHAPES.values()})]
     assert fault.cause in left
     assert len(left) <= fault.left, left
+
+
+@pytest.mark.parametrize("scope", ["rank", "global"])
+@pytest.mark.parametrize("by", [0.0, 0.5])
+@pytest.mark.parametrize("lost", ["load_balance", "z_loss"])
+def test_one_auxiliary_loss_of_two_is_told_by_its_factor(lost: str, by: float, scope: str) -> None:
+    """The other keeps the factor 1: no other tokens are counted. Both halved is a factor too."""
+    both = case(
+        shape__world=6, shape__tp=2, shape__ep=3, engine__gas=2,
+        auxiliary__load_balance=0.05, auxiliary__z_loss=0.03, auxiliary__scope=scope,
+    )  # fmt: skip
+    planted = Planted(f"auxiliary.{lost}", f"{__name__}:times", {"by": by})
+    rows = judge().with_planted(planted).rows(both)
+    assert {r.causes for r in failing(rows)} == {("auxiliary-scaled",)}
+    said = "\n".join(case_lines(rows, both, []))
+    factors = {"load_balance": 1, "z_loss": 1} | {lost: by}
+    text = f"main x 1, load-balance x {factors['load_balance']:g}, z-loss x {factors['z_loss']:g}"
+    assert f"router.weight: {text}" in said
 
 
 @pytest.mark.parametrize("eps", [1e-15, 1e-3])

@@ -236,7 +236,8 @@ def test_sigmoid_scores_are_normalised_before_they_are_averaged() -> None:
 
 def test_the_shares_of_ranks_and_micro_batches_add_up_to_the_gradient() -> None:
     """Main and auxiliary parts of the case's own scope; tokens are counted."""
-    made = small(2, **{"engine.gas": 2, "auxiliary.load_balance": 0.3})
+    both = {"auxiliary.load_balance": 0.3, "auxiliary.z_loss": 0.2}
+    made = small(2, **{"engine.gas": 2, **both})
     truth, model, weights = evaluated(made)
     drawn = batches.make(made, 2, 1, 0)
     names = ["layers.0.moe.router.weight", "layers.0.moe.experts.w1", "head.weight"]
@@ -244,5 +245,6 @@ def test_the_shares_of_ranks_and_micro_batches_add_up_to_the_gradient() -> None:
     assert found.tokens == [[b.input_ids.numel() for b in rank] for rank in drawn]
     for name in names:
         parts = [found.main[r][m][name] for r in (0, 1) for m in (0, 1)]
-        parts += [found.auxiliary["rank"][r][m][name] for r in (0, 1) for m in (0, 1)]
+        for loss in reference.AUXILIARY:
+            parts += [found.auxiliary["rank", loss][r][m][name] for r in (0, 1) for m in (0, 1)]
         torch.testing.assert_close(torch.stack(parts).sum(0), truth.gradients[name])

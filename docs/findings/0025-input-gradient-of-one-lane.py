@@ -3,14 +3,9 @@
 Usage: python 0025-input-gradient-of-one-lane.py '{"zero": 1, "tp": 2}'   (keys: folded.py)
 """
 
-import json
-import sys
-import tempfile
-
-import torch
 from deepspeed import __version__
 from deepspeed.utils import safe_get_full_grad
-from folded import GIVEN, start, steps
+from folded import run, steps
 
 NORM = "post_attention_layernorm"  # right below the MoE layer
 REPLICATED = ("model.norm", f"1.{NORM}", f"0.{NORM}", "embed_tokens")
@@ -31,11 +26,5 @@ def main(rank, case):
             print(said, flush=True)
 
 
-def join(rank, store, text):
-    """Be one rank."""
-    start(rank, store)
-    main(rank, {**GIVEN, **json.loads(text)})
-
-
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(join, (tempfile.mktemp(), sys.argv[1]), nprocs=4)
+    run(main)

@@ -3,13 +3,11 @@
 Usage: python folded_gradients.py '{"zero": 1, "tp": 2, "coalesce": true}' ...   (keys: folded.py)
 """
 
-import json
-import sys
-import tempfile
-
 import torch
 from deepspeed.utils import safe_get_full_grad
-from folded import GIVEN, start, steps
+from folded import run, steps
+
+FAMILIES = ("expert", "router")
 
 
 def pairs(model, true, ep, k):
@@ -23,38 +21,37 @@ def pairs(model, true, ep, k):
         yield "router", a.mlp.router.gate.weight, b.mlp.gate.weight.grad
 
 
+def joined(tensors):
+    """Put tensors end to end, in float64."""
+    return torch.cat([tensor.double().flatten() for tensor in tensors])
+
+
+def compared(found, expected):
+    """Say scale and residual of each family over all ranks, and how far two lanes' routers are."""
+    said = ""
+    for family in FAMILIES:
+        e, g = expected[family], found[family]
+        sums = torch.stack([e @ e, e @ g, g @ g])
+        torch.distributed.all_reduce(sums)
+        ee, eg, gg = sums.tolist()
+        residual = max(0.0, gg / ee - (eg / ee) ** 2) ** 0.5
+        said += f" {family} scale {eg / ee:.4f} residual {residual:.1e}"
+    lanes = [torch.empty_like(found["router"]) for _ in range(4)]
+    torch.distributed.all_gather(lanes, found["router"])
+    return f"{said} lanes apart {float((lanes[0] - lanes[1]).norm() / lanes[0].norm()):.1e}"
+
+
 def main(rank, case):
-    """Print scale and residual of both families, and how far two lanes' routers are apart."""
+    """Compare each step's gradients."""
     for number, (engine, true) in enumerate(steps(rank, case), start=1):
-        found, expected = {}, {}
         scale = getattr(engine.optimizer, "loss_scale", 1.0)
-        compared = pairs(engine.module, true, case["ep"], rank % case["ep"])
-        for family, parameter, gradient in compared:
-            own = safe_get_full_grad(parameter).double().flatten() / scale
-            found[family] = torch.cat([found.get(family, own[:0]), own])
-            flat = gradient.flatten()
-            expected[family] = torch.cat([expected.get(family, flat[:0]), flat])
-        said = f"{type(engine.optimizer).__name__} {case} step {number}:"
-        for family, g in found.items():
-            e = expected[family]
-            sums = torch.stack([e @ e, e @ g, g @ g])
-            torch.distributed.all_reduce(sums)
-            ee, eg, gg = sums.tolist()
-            residual = max(0.0, gg / ee - (eg / ee) ** 2) ** 0.5
-            said += f" {family} scale {eg / ee:.4f} residual {residual:.1e}"
-        lanes = [torch.empty_like(found["router"]) for _ in range(4)]
-        torch.distributed.all_gather(lanes, found["router"])
-        apart = float((lanes[0] - lanes[1]).norm() / lanes[0].norm())
+        held = list(pairs(engine.module, true, case["ep"], rank % case["ep"]))
+        own = {f: joined(safe_get_full_grad(p) for g, p, _ in held if f == g) for f in FAMILIES}
+        found = {family: gradient / scale for family, gradient in own.items()}
+        said = compared(found, {f: joined(e for g, _, e in held if f == g) for f in FAMILIES})
         if rank == 0:
-            print(f"{said} lanes apart {apart:.1e}", flush=True)
-
-
-def every(rank, store, texts):
-    """Run all cases in one process group."""
-    start(rank, store)
-    for text in texts:
-        main(rank, {**GIVEN, **json.loads(text)})
+            print(f"{type(engine.optimizer).__name__} {case} step {number}:{said}", flush=True)
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(every, (tempfile.mktemp(), sys.argv[1:]), nprocs=4)
+    run(main)

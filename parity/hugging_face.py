@@ -7,6 +7,7 @@ embeddings and routers ask for float32 by name, so a float64 reference needs `li
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ DENSE_FIRST = ("qwen3_moe", "deepseek_v2", "deepseek_v3")
 GROUPS = 4
 """Expert groups of the models that limit the choice to some of them."""
 CHOSEN_GROUPS = 2
+CORRECTION_BIAS = "e_score_correction_bias"
+"""Buffer of a router of sigmoid scores, added to those that experts are chosen by."""
 
 
 Answer = tuple[Tensor, Tensor, Tensor]
@@ -64,58 +67,55 @@ class Gate:
         return self.logits_TE + torch.where(chosen_TE, above - values_TE, 0.0)
 
     def _weights(self, indices_TK: Tensor) -> Tensor:
-        """Weigh experts as the gates of Mixtral and Qwen3-MoE do: softmax over all experts."""
-        limited = getattr(self.module, "num_group", None)
-        assert not limited, "a choice limited to groups of experts is not forced"
-        assert self._softmax, "sigmoid scores are not forced"
-        weights_TK = self.logits_TE.softmax(-1).gather(-1, indices_TK)
-        if getattr(self.module, "norm_topk_prob", True):
+        """Weigh experts as the models' gates do: by their scores, normalised and scaled or not."""
+        weights_TK = self._scores(self.logits_TE).gather(-1, indices_TK)
+        scaled = hasattr(self.module, "routed_scaling_factor")
+        if getattr(self.module, "norm_topk_prob", not scaled):  # DeepSeek-V2 has no such switch
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        if scaled:
+            weights_TK = weights_TK * self.module.routed_scaling_factor  # type: ignore[operator]
         return weights_TK
 
     def margin(self) -> float:
-        """Give a lower bound of the change of a logit that would change the choice of a token.
+        """Give by how many logits the choice leads at least; below 0: another one leads by more.
 
-        Scores (softmax or sigmoid) move by at most a quarter of what logits do, sums of two scores
-        by half: four times the smallest gap between scores, twice that between group sums.
+        What comes of a softmax is in the order of the logits. Sigmoids move by at most a quarter
+        of what logits do, sums of two by half. Of the groups that may have been kept, those count
+        that speak most for the choice.
         """
-        if self.forced_TK is not None:
-            return self._forced_margin()
-        scores = self._scores()
-        groups = getattr(self.module, "num_group", None) or 1
-        gaps = []
-        if groups > 1:
-            parts = scores.unflatten(-1, (groups, -1))
-            sums = parts.max(-1).values if self._softmax else parts.topk(2, dim=-1).values.sum(-1)
-            ordered = sums.sort(dim=-1, descending=True)
-            kept = int(self.module.topk_group)  # type: ignore[arg-type]  # an attribute of theirs
-            gaps.append(2 * (ordered.values[:, kept - 1] - ordered.values[:, kept]))
-            allowed = torch.zeros_like(sums).scatter(1, ordered.indices[:, :kept], 1.0)
-            mask = allowed.bool().unsqueeze(-1).expand_as(parts).flatten(1)
-            scores = scores.masked_fill(~mask, -math.inf)
-        top_k = self.indices_TK.shape[1]
-        ordered_scores = scores.sort(dim=-1, descending=True).values
-        gaps.append(4 * (ordered_scores[:, top_k - 1] - ordered_scores[:, top_k]))
-        return float(torch.stack([gap.min() for gap in gaps]).min())
-
-    def _forced_margin(self) -> float:
-        """Give by how much the forced experts lead; below 0: by how much another one does."""
-        chosen = torch.zeros_like(self.logits_TE, dtype=torch.bool)
-        chosen = chosen.scatter(-1, self.indices_TK, True)
-        logits = self.logits_TE.detach()
-        worst = logits.masked_fill(~chosen, math.inf).amin(-1)
-        best_left = logits.masked_fill(chosen, -math.inf).amax(-1)
-        return float((worst - best_left).min())
+        groups = int(getattr(self.module, "num_group", None) or 1)
+        kept = int(getattr(self.module, "topk_group", None) or 1)
+        values = self.logits_TE.detach()
+        chosen = torch.zeros_like(values, dtype=torch.bool).scatter(-1, self.indices_TK, True)
+        if self._softmax:
+            of_expert = of_group = 1.0
+            group_values = values.unflatten(-1, (groups, -1)).amax(-1)
+        else:
+            of_expert, of_group = 4.0, 2.0
+            values = self._scores(values) + self.module.get_buffer(CORRECTION_BIAS)
+            group_values = values.unflatten(-1, (groups, -1)).topk(2, dim=-1).values.sum(-1)
+        leads = []
+        for some in itertools.combinations(range(groups), kept):
+            inside = torch.zeros(groups, dtype=torch.bool)
+            inside[list(some)] = True
+            allowed = inside.repeat_interleave(values.shape[-1] // groups)
+            group_lead = of_group * _lead(group_values, inside.expand_as(group_values))
+            lead = of_expert * _lead(values.masked_fill(~allowed, -math.inf), chosen)
+            leads.append(torch.minimum(group_lead, lead))
+        return float(torch.stack(leads).amax(0).min())
 
     @property
     def _softmax(self) -> bool:
-        return not hasattr(self.module, "e_score_correction_bias")
+        return not hasattr(self.module, CORRECTION_BIAS)
 
-    def _scores(self) -> Tensor:
-        logits = self.logits_TE.detach()
-        if self._softmax:
-            return logits.softmax(-1)
-        return logits.sigmoid() + self.module.get_buffer("e_score_correction_bias")
+    def _scores(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE.softmax(-1) if self._softmax else logits_TE.sigmoid()
+
+
+def _lead(values: Tensor, chosen: Tensor) -> Tensor:
+    """Subtract the largest value left out from the smallest chosen, along the last axis."""
+    worst = values.masked_fill(~chosen, math.inf).amin(-1)
+    return worst - values.masked_fill(chosen, -math.inf).amax(-1)
 
 
 class HuggingFace(nn.Module):

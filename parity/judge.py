@@ -363,7 +363,8 @@ class Judge:
             own = {n: t.double() for n, t in step.ran_on.filled.items()}
             drawn = batches.make(case, run.layout.dp, number, seed)
             at = weights if number == 1 else own
-            truths.append(reference.evaluate(case, model, at, drawn, chosen))
+            biases = reference.biases_after(case, model, truths)
+            truths.append(reference.evaluate(case, model, at, drawn, chosen, biases))
         return truths
 
     def _runs(

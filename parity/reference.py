@@ -19,11 +19,9 @@ from torch.func import functional_call
 from parity import batches as data
 from parity import models
 from parity.case import Auxiliary, Case
-from parity.hugging_face import Gate, lifted
+from parity.hugging_face import CORRECTION_BIAS, Gate, lifted
 
 DTYPE = torch.float64
-CORRECTION_BIAS = "e_score_correction_bias"
-"""Buffer of a router that is added to the scores experts are chosen by."""
 AUXILIARY = ("load_balance", "z_loss")
 """Auxiliary losses, named as their coefficients in `parity.case.Auxiliary`."""
 

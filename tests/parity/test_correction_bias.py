@@ -38,7 +38,7 @@ class Gates(nn.Module):
         super().__init__()
         for name in ("first", "second"):
             gate = nn.Module()
-            gate.register_buffer(reference.CORRECTION_BIAS, torch.zeros(4, dtype=torch.float64))
+            gate.register_buffer(hugging_face.CORRECTION_BIAS, torch.zeros(4, dtype=torch.float64))
             self.add_module(name, gate)
 
 
@@ -59,8 +59,8 @@ def test_a_bias_moves_by_the_sign_of_its_distance_to_the_mean_load() -> None:
         ([first, second], [-2 * RATE, 2 * RATE, RATE, RATE]),
     ):
         found = reference.biases_after(case(), model, steps)
-        assert found[f"first.{reference.CORRECTION_BIAS}"].tolist() == expected
-        assert found[f"second.{reference.CORRECTION_BIAS}"].tolist() == [0.0] * 4
+        assert found[f"first.{hugging_face.CORRECTION_BIAS}"].tolist() == expected
+        assert found[f"second.{hugging_face.CORRECTION_BIAS}"].tolist() == [0.0] * 4
     assert reference.biases_after(case(rate=0.0), model, [first]) == {}
 
 
@@ -70,7 +70,7 @@ def test_biases_steer_an_evaluation_and_do_not_stay_in_the_model() -> None:
     model = hugging_face.build(asked.model, 0, idle_expert=True)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     drawn = batches.make(asked, 1, 1, 0)
-    name = next(n for n, _ in model.named_buffers() if n.endswith(reference.CORRECTION_BIAS))
+    name = next(n for n, _ in model.named_buffers() if n.endswith(hugging_face.CORRECTION_BIAS))
     bias = torch.zeros(12, dtype=torch.float64)
     bias[7] = 5.0
     steered = reference.evaluate(asked, model, weights, drawn, biases={name: bias})

@@ -111,10 +111,37 @@ def _choose(gate: hugging_face.Gate, logits_TE: Tensor) -> Tensor:
     return indices
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_choice_made_near_by_trails_by_no_more_than_the_logits_moved(name: str) -> None:
+    """Whatever the model's own gate chooses from logits that are up to 0.8 apart is no far choice.
+
+    The idle expert in the place of a chosen one is.
+    """
+    model = hugging_face.build(spec(name), 1, idle_expert=True)
+    with hugging_face.lifted():
+        model(*tokens(1), 0.1)
+    gate = model.gates[-1]
+    logits_TE, own = gate.logits_TE.detach(), gate.indices_TK
+    generator = torch.Generator().manual_seed(7)
+    flips = 0
+    for _ in range(40):
+        noise = torch.rand(logits_TE.shape, generator=generator, dtype=torch.float64) - 0.5
+        with hugging_face.lifted():
+            near = _choose(gate, logits_TE + 0.8 * noise)
+        gate.logits_TE, gate.indices_TK = logits_TE, near
+        assert gate.margin() >= -0.8
+        flips += not torch.equal(near.sort(-1).values, own.sort(-1).values)
+    assert flips > 5
+    gate.indices_TK = own.clone()
+    gate.indices_TK[4, 1] = 11
+    assert gate.margin() < -0.8
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_forcing_its_own_choice_changes_nothing(name: str) -> None:
-    """Loss (the load-balance loss included) and gradients are those of the free gate."""
-    model = hugging_face.build(spec(name), 2, idle_expert=True, load_balance=0.5)
+    """Loss (a load-balance loss included) and gradients are those of the free gate."""
+    balance = 0.5 if name in ("mixtral", "qwen3_moe") else 0.0
+    model = hugging_face.build(spec(name), 2, idle_expert=True, load_balance=balance)
     with hugging_face.lifted():
         free = model(*tokens(2), 0.1)
         wanted = torch.autograd.grad(free, list(model.parameters()))

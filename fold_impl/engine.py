@@ -254,8 +254,8 @@ def initialize(
     """Fold a model over the ranks of the job and wrap it in an engine.
 
     Args:
-        model: full model; changed in place. Ranks that hold the same part of a weight begin with
-            that of the first of them, however theirs were drawn.
+        model: full model; changed in place. Ranks that hold the same part of a weight, or of a
+            router's correction bias, begin with that of the first of them, however drawn.
         config: DeepSpeed-style config; folding is the coexistence of its sections
             `tensor_parallel` and `expert_parallel`.
         optimizer: optimizer over the model's parameters without state, or None to make the one

@@ -452,18 +452,19 @@ def _hugging_face_problems(case: Case) -> Iterator[_Problem]:
     ]
     if name.startswith("deepseek"):
         fixed.append(("auxiliary.load_balance", case.auxiliary.load_balance, 0.0))
-        if case.model.experts % 4:
-            problem = "the experts are chosen from 4 groups"
-            yield _Problem("model.experts", case.model.experts, problem, "multiples of 4")
+        experts, top_k = case.model.experts, case.model.top_k
+        if experts % 4 or experts < 8:
+            problem = "the experts are chosen from 4 groups, which sigmoids rank by two of each"
+            yield _Problem("model.experts", experts, problem, "multiples of 4 from 8 on")
+        if 2 * top_k > experts:
+            problem = f"2 of 4 groups of the {experts} experts are kept"
+            yield _Problem("model.top_k", top_k, problem, f"at most {experts // 2}")
     if name != "mixtral" and case.model.layers < 2:
         problem = "the first block is dense"
         yield _Problem("model.layers", case.model.layers, problem, "2 or more")
     for key, value, only in fixed:
         if value != only:
             yield _Problem(key, value, f"model {name} has its own", [only])
-    if case.engine.dtype in ("bfloat16", "float16") and case.engine.name == "native":
-        problem = f"the gate of {name} cannot replay a routing"
-        yield _Problem("engine.dtype", case.engine.dtype, problem, ["float64", "float32"])
 
 
 def _engine_problems(case: Case) -> Iterator[_Problem]:

@@ -23,7 +23,8 @@ from parity.implementation import Placement
 from parity.store import Row
 
 MAX_SHARES = 64
-"""Most (dp rank, micro-batch) pairs a regression is run for: each costs one backward."""
+"""Most (dp rank, micro-batch) pairs a regression is run for: each costs a backward, and one more
+for every auxiliary loss in both scopes."""
 STRUCTURE_U = 1e4
 """Residual, in unit round-offs, from which on more than a factor is wrong."""
 SAME_LOSS_U = 256
@@ -58,7 +59,7 @@ def annotate(
 ) -> list[Row]:
     """Add to the failing rows of one run what their gradients are made of.
 
-    Costs nothing where all rows pass; else one backward per (dp rank, micro-batch) at most.
+    Costs nothing where all rows pass; else a few backwards per (dp rank, micro-batch).
 
     Args:
         rows: rows of one run against the reference.
@@ -301,7 +302,8 @@ class _Regression:
         mine, other = (torch.stack([*found.values()]).sum(0) for found in (each, others))
         if (fit := solve(actual, [whole, mine], unit)) is not None:
             return {"main_and_auxiliary": fit}
-        if (fit := solve(actual, [whole, *each.values()], unit)) is not None:
+        fit = solve(actual, [whole, *each.values()], unit) if len(each) > 1 else None
+        if fit is not None:
             return {"main_and_each": dict(zip(("main", *each), fit, strict=True))}
         if (fit := solve(actual, [whole, mine, other], unit)) is not None:
             return {"main_and_auxiliary": fit}

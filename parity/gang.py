@@ -510,10 +510,10 @@ class GangPool:
             try:
                 gang.join(self.start_deadline_s)
                 until = gang.start(task, payloads, deadline_s)
+                gang.running = Pending(self, gang, deadline_s, until)
             except BaseException:  # KeyboardInterrupt too: answers would be left in the channels
                 self._drop(gang)
                 raise
-            gang.running = Pending(self, gang, deadline_s, until)
             return gang.running
 
     def _finish(self, gang: Gang) -> None:

@@ -345,15 +345,21 @@ class Judge:
         return truths
 
     def _followed(
-        self, case: Case, model: nn.Module, weights: Mapping[str, Tensor], run: Run, seed: int
+        self,
+        case: Case,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        run: Run,
+        seed: int,
+        earlier: Sequence[reference.Evaluation] = (),
     ) -> list[reference.Evaluation]:
-        """Evaluate the reference along the choices of the run's first lanes.
+        """Evaluate the reference along the choices of the run's first lanes, behind earlier steps.
 
         A foreign gate cannot be forced, ours can: a token near a tie goes where the engine sent it.
         """
-        truths = []
+        truths = [*earlier]
         first_lanes = {run.layout.coordinate(r).dp: r for r in reversed(range(run.layout.world))}
-        for number, step in enumerate(run.steps, start=1):
+        for number, step in enumerate(run.steps, start=len(earlier) + 1):
             chosen = [step.routing[first_lanes[dp]] for dp in range(run.layout.dp)]
             if number == 1:
                 truth = self._truth(case, model, weights, 1, seed)
@@ -365,7 +371,7 @@ class Judge:
             at = weights if number == 1 else own
             biases = reference.biases_after(case, model, truths)
             truths.append(reference.evaluate(case, model, at, drawn, chosen, biases))
-        return truths
+        return truths[len(earlier) :]
 
     def _runs(
         self, case: Case, model: nn.Module, weights: Mapping[str, Tensor], setting: Setting
@@ -443,17 +449,20 @@ class Judge:
         if same or not resumed.steps or len(truths) < after:
             return rows
         there = case.model_copy(update={"shape": _shape(case, resumed.layout)})
-        later: list[reference.Evaluation] = []
-        for number, step in enumerate(resumed.steps, start=after + 1):
-            own = {n: t.double() for n, t in step.ran_on.filled.items()}
-            biases = reference.biases_after(case, model, [*truths[:after], *later])
-            try:
-                truth = self._truth(there, model, own, number, setting.seed, biases=biases)
-                later.append(truth)
-            except _UnsafeRoutingError:
-                if not any(row.verdict in FAILING for row in rows):
-                    raise
-                break
+        earlier, later = truths[:after], list[reference.Evaluation]()
+        if _is_followed(case):
+            later = self._followed(there, model, weights, resumed, setting.seed, earlier)
+        else:
+            for number, step in enumerate(resumed.steps, start=after + 1):
+                own = {n: t.double() for n, t in step.ran_on.filled.items()}
+                biases = reference.biases_after(case, model, [*earlier, *later])
+                try:
+                    truth = self._truth(there, model, own, number, setting.seed, biases=biases)
+                    later.append(truth)
+                except _UnsafeRoutingError:
+                    if not any(row.verdict in FAILING for row in rows):
+                        raise
+                    break
         # the optimizers of the reference need the steps before, whatever layout they ran at
         joined = replace(resumed, steps=[*folded.steps[:after], *resumed.steps])
         known = [*truths[:after], *later]
@@ -586,7 +595,7 @@ def _remember(cache: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _is_low(case: Case) -> bool:
-    """Tell whether the dtype is too coarse for a routing of its own: it is replayed."""
+    """Tell whether the dtype is too coarse for a routing of its own: replayed, or followed."""
     return getattr(torch, case.engine.dtype) in compare.SCALE_LIMIT
 
 
@@ -621,7 +630,7 @@ def _far_choices(rows: list[Row], margin: float) -> list[Row]:
     for row in rows:
         row = replace(row, detail={**(row.detail or {}), "followed": True, "margin": margin})
         if margin < -limit:
-            said = f"some expert was left out that leads by {-margin:.3g} > {limit:.3g}"
+            said = f"an expert, or a group, was left out that leads by {-margin:.3g} > {limit:.3g}"
             row = replace(row, verdict="fail", reason="; ".join(filter(None, (row.reason, said))))
         made.append(row)
     return made

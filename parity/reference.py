@@ -31,8 +31,8 @@ class Evaluation:
     """Truth of one step: objective, full gradients, routing and how safe the routing is.
 
     gradients: full logical name -> float64. routing: [dp rank][micro-batch][layer] -> (T, K).
-    margin: smallest gap between the last chosen and the first refused logit of any token; exact
-    ties of a case that declares them are no gap.
+    margin: smallest lead of any token's choice in logits, at least; below 0 where a forced choice
+    trails; exact ties of a case that declares them are no gap.
     """
 
     loss: float
@@ -284,8 +284,7 @@ def shares(
         for m in range(gas):
             logits = []
             for r in range(dp):
-                if is_tiny:
-                    models.force_routing(gates, routing[r][m])
+                models.force_routing(gates, routing[r][m])
                 loss = functional_call(model, dict(leaves), (), dict(batches[r][m].for_mean(DTYPE)))
                 main[r].append(_split(loss / (dp * gas), leaves, names))
                 logits.append([layer.logits_TE for layer in gates])

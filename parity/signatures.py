@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from parity.causes import EVERY, REPLICATED, Cause
-from parity.evidence import Observation, layer_of
+from parity.evidence import Observation, layer_of, symbols_of
 from parity.store import Row
 
 Matcher = Callable[[Cause, Observation], bool]
@@ -248,16 +248,22 @@ def _auxiliary(cause: Cause, o: Observation) -> bool:
     if o.detail("auxiliary_counts"):
         return cause.id == "auxiliary-scope"
     if each := o.detail("main_and_each"):
-        if any(not _is(o, c["main"], 1.0) for c in each):
-            return False
-        wrong = {loss for c in each for loss in c if not _is(o, c[loss], 1.0)}
-        return (cause.id == "auxiliary-scope") == (len(wrong) > 1)
+        return all(_is(o, c["main"], 1.0) for c in each) and _one_by_one(cause, o, each)
     fits = o.detail("main_and_auxiliary")
     if not fits:
         return False
     if cause.id == "auxiliary-scope":
         return all(len(c) == 3 and _is(o, c[1], 0.0) and not _is(o, c[2], 0.0) for c in fits)
     return all(_is(o, c[0], 1.0) and not _is(o, c[1], 1.0) and len(c) == 2 for c in fits)
+
+
+def _one_by_one(cause: Cause, o: Observation, each: Sequence[Mapping[str, float]]) -> bool:
+    """Tell factors from counts: k times the tokens is 1/k^2 and 1/k, k times the load k and 1."""
+    pairs = [(c["load_balance"], c["z_loss"]) for c in each]
+    sizes = [symbols_of(balance, o.setting, replace_tolerance(o)) for balance, _ in pairs]
+    tokens = all(_is(o, balance, z**2) for balance, z in pairs)
+    load = all(sizes) and all(balance > 1.0 and _is(o, z, 1.0) for balance, z in pairs)
+    return (tokens or load) if cause.id == "auxiliary-scope" else not tokens
 
 
 def _detached(_: Cause, o: Observation) -> bool:

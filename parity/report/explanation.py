@@ -79,7 +79,8 @@ def _made_of(row: Row) -> list[str]:
         text = ", ".join(f"{what} x {_round(c):g}" for what, c in named)
         said.append(f"{row.tensor}: {text}")
     if each := detail.get("main_and_each"):
-        text = ", ".join(f"{what.replace('_', '-')} x {_round(c):g}" for what, c in each.items())
+        losses = {"main": "main loss", "load_balance": "load balance", "z_loss": "z-loss"}
+        text = ", ".join(f"{losses[what]} x {_round(c):g}" for what, c in each.items())
         said.append(f"{row.tensor}: {text}")
     if paths := detail.get("paths"):
         text = ", ".join(f"{what} x {_round(c):g}" for what, c in paths.items())

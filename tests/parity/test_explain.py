@@ -275,21 +275,42 @@ def test_the_true_cause_is_in_the_printed_set(fault: Fault) -> None:
     assert len(left) <= fault.left, left
 
 
+def with_both(scope: str) -> Case:
+    """Make a case of two auxiliary losses."""
+    return case(
+        shape__world=6, shape__tp=2, shape__ep=3, engine__gas=2,
+        auxiliary__load_balance=0.05, auxiliary__z_loss=0.03, auxiliary__scope=scope,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scope", ["rank", "global"])
+@pytest.mark.parametrize(
+    ("point", "causes"),
+    [
+        ("auxiliary.load", {"auxiliary-scope", "auxiliary-scaled"}),
+        ("auxiliary.tokens", {"auxiliary-scope"}),
+    ],
+)
+def test_counts_of_lanes_are_a_matter_of_scope(point: str, causes: set[str], scope: str) -> None:
+    """The load tp times is a factor tp on one loss: both names. Tokens are in both losses."""
+    planted = Planted(point, f"{__name__}:times", {"by": 2})
+    rows = judge().with_planted(planted).rows(with_both(scope))
+    assert {frozenset(r.causes) for r in failing(rows)} == {frozenset(causes)}
+
+
 @pytest.mark.parametrize("scope", ["rank", "global"])
 @pytest.mark.parametrize("by", [0.0, 0.5])
 @pytest.mark.parametrize("lost", ["load_balance", "z_loss"])
 def test_one_auxiliary_loss_of_two_is_told_by_its_factor(lost: str, by: float, scope: str) -> None:
-    """The other keeps the factor 1: no other tokens are counted. Both halved is a factor too."""
-    both = case(
-        shape__world=6, shape__tp=2, shape__ep=3, engine__gas=2,
-        auxiliary__load_balance=0.05, auxiliary__z_loss=0.03, auxiliary__scope=scope,
-    )  # fmt: skip
+    """The other keeps the factor 1: no other tokens are counted."""
+    both = with_both(scope)
     planted = Planted(f"auxiliary.{lost}", f"{__name__}:times", {"by": by})
     rows = judge().with_planted(planted).rows(both)
     assert {r.causes for r in failing(rows)} == {("auxiliary-scaled",)}
     said = "\n".join(case_lines(rows, both, []))
     factors = {"load_balance": 1, "z_loss": 1} | {lost: by}
-    text = f"main x 1, load-balance x {factors['load_balance']:g}, z-loss x {factors['z_loss']:g}"
+    balance, z = factors["load_balance"], factors["z_loss"]
+    text = f"main loss x 1, load balance x {balance:g}, z-loss x {z:g}"
     assert f"router.weight: {text}" in said
 
 

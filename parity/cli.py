@@ -260,6 +260,8 @@ def run(
     )
     code = recorder.exit_code(fail_on)
     print_run(recorder.rows, recorder.selection, directory, style, code, recorder.known)
+    if stolen := recorder.host.note():
+        click.echo(f"parity: {stolen} during this run: times and deadlines mean little", err=True)
     ctx.exit(INTERRUPTED if state == "interrupted" else code)
 
 

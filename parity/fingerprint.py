@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,8 @@ PACKAGES = ("foldparity", "torch", "deepspeed", "numpy", "pydantic", "pytest")
 _VARIABLES = ("CUDA_", "DEEPSPEED_", "DS_", "GLOO_", "MKL_", "NCCL_", "OMP_", "TORCH_")
 _TOOL_LIMIT_S = 10.0
 """Longest wait for git or the driver's tool; a wedged driver must not hang a run."""
+NOTED_SHARE = 0.2
+"""Share of the cores' time kept by the host from which on it is said."""
 
 
 def commit(folder: Path | None = None) -> str:
@@ -50,6 +53,24 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class HostClock:
+    """Tells how much of the cores' time a virtual machine's host has kept since this was made."""
+
+    def __init__(self) -> None:
+        """Begin to count."""
+        self._start, self._stolen_s = time.monotonic(), _stolen_s()
+
+    def share(self) -> float:
+        """Give the kept share of all cores' time, 0 to 1; 0 where the system does not say."""
+        passed_s = (time.monotonic() - self._start) * (os.cpu_count() or 1)
+        return min(1.0, (_stolen_s() - self._stolen_s) / passed_s) if passed_s else 0.0
+
+    def note(self) -> str:
+        """Say so where times and deadlines mean little: above NOTED_SHARE; else nothing."""
+        share = self.share()
+        return f"the host kept {share:.0%} of the cores' time" if share > NOTED_SHARE else ""
 
 
 def gpus() -> list[str]:
@@ -104,6 +125,15 @@ def _ask(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _stolen_s() -> float:
+    """Give the core-seconds since boot that ready processes waited for the host."""
+    try:
+        ticks = int(Path("/proc/stat").read_text(encoding="ascii").split(maxsplit=9)[8])
+    except (OSError, ValueError, IndexError):  # proc(5) has it since Linux 2.6.11
+        return 0.0
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _cpu_name() -> str:

@@ -43,6 +43,7 @@ from parity.failure import (
     explain_stop,
     parse_stacks,
 )
+from parity.fingerprint import HostClock
 from parity.rank import MESSAGE_BYTES, Channel, Setup, Spec, encode
 
 PRELOAD = ("torch", "torch.distributed", "torch.distributed.tensor")
@@ -263,6 +264,7 @@ class Gang:
 
     def settle(self, deadline_s: float, until: float | None = None) -> list[Any]:
         """Give the answer of every rank, or raise the root cause of why there is none."""
+        host = HostClock()
         outcomes = self._collect(until or time.monotonic() + deadline_s)
         reports = _failures(outcomes.values())
         if all_refused(reports, self.world):
@@ -272,7 +274,9 @@ class Gang:
             states = self._ask_states(silent, thorough=False)
             raise RankFailure(explain_stop(reports, states, self.world))
         if silent:
-            raise RankFailure(explain_hang(self._ask_states(self.members), deadline_s))
+            found = explain_hang(self._ask_states(self.members), deadline_s)
+            said = "; ".join(filter(None, (found.summary, host.note())))
+            raise RankFailure(replace(found, summary=said))
         return [outcomes[rank][1] for rank in range(self.world)]  # type: ignore[index]
 
     def _collect(self, until: float) -> dict[int, Outcome]:

@@ -26,7 +26,7 @@ from parity import crew
 from parity.case import Case
 from parity.case_files import find_folder
 from parity.errors import InfrastructureError, UsageError
-from parity.fingerprint import commit, cores, fingerprint, versions, visible_gpus
+from parity.fingerprint import HostClock, commit, cores, fingerprint, versions, visible_gpus
 from parity.known import Assessment, FailOn, KnownFindings, assess
 from parity.report import ctrf, html, junit, markdown, tables
 from parity.report.cells import cells
@@ -362,6 +362,7 @@ class Recorder:
         self.directory, self.selection, self.command = directory, selection, command
         self.rows: list[Row] = list(kept)
         self._started = time.perf_counter() if started is None else started
+        self.host = HostClock()
         self._seconds: dict[str, float] = {}
         self._cold_s: float | None = None
         self._is_default = is_default
@@ -429,7 +430,10 @@ class Recorder:
         })  # fmt: skip
 
     def _times(self) -> dict[str, Any]:
-        """Give the time to the first result (cold), and medians of the cases after it (warm)."""
+        """Give the time to the first result (cold), and medians of the cases after it (warm).
+
+        stolen_share: part of the cores' time that a virtual machine's host kept meanwhile.
+        """
         warm = list(self._seconds.values())[1:]
         worlds: dict[str, list[float]] = {}
         for case, rows in by_case(self.rows).items():
@@ -438,6 +442,7 @@ class Recorder:
                 worlds.setdefault(world, []).append(self._seconds[case])
         return {
             "total": time.perf_counter() - self._started,
+            "stolen_share": self.host.share(),
             "cold": self._cold_s,
             "warm_median": statistics.median(warm) if warm else None,
             "median_by_world": {w: statistics.median(s) for w, s in sorted(worlds.items())},

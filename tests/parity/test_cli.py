@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 from click.testing import CliRunner, Result
 
-from parity import cli, cli_explain, doctor
+from parity import cli, cli_explain, doctor, fingerprint
 from parity.case import Case
 from parity.errors import InfrastructureError, UsageError
 from parity.session import Selection, exit_code
@@ -446,6 +446,18 @@ def test_run_json_says_where_and_how_long(folder: Path) -> None:
     assert run["devices"]["cores"] >= 1
     assert run["seconds"]["total"] >= run["seconds"]["cold"] > 0
     assert list(run["seconds"]["median_by_world"]) == ["4"]
+
+
+def test_a_machine_whose_host_kept_the_cores_is_said_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stderr, so that other formats stay whole, and in run.json; nothing on a quiet machine."""
+    for share, said in ((0.6, True), (0.1, False)):
+        monkeypatch.setattr(fingerprint.HostClock, "share", lambda _, share=share: share)
+        done = parity("run", FOUR, "--out", f"kept-{said}", judge=FakeJudge())
+        assert ("the host kept 60% of the cores' time during this run" in done.stderr) == said
+        run = json.loads((folder / f"kept-{said}" / "run.json").read_text())
+        assert run["seconds"]["stolen_share"] == share
 
 
 def test_what_is_not_offered_is_said(folder: Path) -> None:

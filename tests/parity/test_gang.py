@@ -23,6 +23,7 @@ import torch.distributed as dist
 from parity.devices import DeviceUnavailableError
 from parity.errors import InfrastructureError, UsageError
 from parity.failure import RankFailure, Refused
+from parity.fingerprint import HostClock
 from parity.gang import PRELOAD, GangPool
 from parity.rank import RankRuntime
 
@@ -390,6 +391,14 @@ def test_sleeping_laggard_is_named(pool: GangPool) -> None:
     assert failure.collective.seq is not None
     assert failure.collective.seq >= 1
     assert "time.sleep(FOREVER_S)" in failure.traceback
+
+
+def test_a_hang_tells_what_the_host_kept(pool: GangPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that stood still, no answer in time may be no hang."""
+    monkeypatch.setattr(HostClock, "share", lambda _: 0.87)
+    failure = fail(pool, 3, sleep_in_one)
+    assert failure.rank == 1
+    assert failure.summary.endswith("; the host kept 87% of the cores' time")
 
 
 def test_rank_that_cannot_answer_is_named(pool: GangPool) -> None:

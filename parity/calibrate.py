@@ -389,6 +389,18 @@ def smallest_scale(draw: Draw, gradients: Mapping[str, Tensor], sign: float) -> 
     return high
 
 
+def living_rows(rows: Tensor) -> Tensor:
+    """List the rows of a matrix above one round-off of its norm; others are zero but for rounding.
+
+    So is a router's row of an expert that no token chose, where the weights of chosen ones alone
+    count and are normalised.
+    """
+    sizes = rows.double().norm(dim=-1)
+    is_alive = sizes > compare.UNIT_ROUNDOFF[rows.dtype] * sizes.norm()
+    alive: Tensor = is_alive.nonzero().flatten()
+    return alive
+
+
 def _measure_rows(figures: Figures, cases: Sequence[Case]) -> None:
     """Lose one row of each matrix, and see whether its tensor fails."""
     for number, (draw, outcome) in enumerate(_outcomes(figures, cases, 40_000, SCALE_SEEDS)):
@@ -398,7 +410,7 @@ def _measure_rows(figures: Figures, cases: Sequence[Case]) -> None:
             rows = gradient.flatten(0, -2) if gradient.dim() > 1 else None
             if rows is None or name in zeros:
                 continue
-            alive = rows.any(-1).nonzero().flatten()
+            alive = living_rows(rows)
             lost = rows.clone()
             lost[alive[torch.randint(len(alive), (), generator=generator)]] = 0.0
             seen = _caught(gradient_rows(draw, {name: lost.view_as(gradient)}))

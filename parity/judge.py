@@ -323,8 +323,11 @@ class Judge:
         weights: Mapping[str, Tensor],
         run: Run,
         setting: Setting,
+        earlier: Sequence[reference.Evaluation] = (),
     ) -> list[reference.Evaluation]:
         """Evaluate the reference at the given weights, then at the run's own before each step.
+
+        A run that goes on where another stopped is evaluated behind the truths of `earlier` steps.
 
         A run that shuffled the weights it was given would be right about its own.
 
@@ -333,9 +336,10 @@ class Judge:
         """
         seed, replay = setting.seed, setting.replay
         if _is_followed(case):
-            return self._followed(case, model, weights, run, seed)
-        truths = [self._truth(case, model, weights, 1, seed)]
-        for number, step in enumerate(run.steps[1:], start=2):
+            return self._followed(case, model, weights, run, seed, earlier)
+        truths = [*earlier] or [self._truth(case, model, weights, 1, seed)]
+        left = run.steps if earlier else run.steps[1:]
+        for number, step in enumerate(left, start=len(truths) + 1):
             own = {**weights, **{n: t.double() for n, t in step.ran_on.filled.items()}}
             biases = reference.biases_after(case, model, truths)
             try:
@@ -351,7 +355,7 @@ class Judge:
         weights: Mapping[str, Tensor],
         run: Run,
         seed: int,
-        earlier: Sequence[reference.Evaluation] = (),
+        earlier: Sequence[reference.Evaluation],
     ) -> list[reference.Evaluation]:
         """Evaluate the reference along the choices of the run's first lanes, behind earlier steps.
 
@@ -371,7 +375,7 @@ class Judge:
             at = weights if number == 1 else own
             biases = reference.biases_after(case, model, truths)
             truths.append(reference.evaluate(case, model, at, drawn, chosen, biases))
-        return truths[len(earlier) :]
+        return truths
 
     def _runs(
         self, case: Case, model: nn.Module, weights: Mapping[str, Tensor], setting: Setting
@@ -449,23 +453,12 @@ class Judge:
         if same or not resumed.steps or len(truths) < after:
             return rows
         there = case.model_copy(update={"shape": _shape(case, resumed.layout)})
-        earlier, later = truths[:after], list[reference.Evaluation]()
-        if _is_followed(case):
-            later = self._followed(there, model, weights, resumed, setting.seed, earlier)
-        else:
-            for number, step in enumerate(resumed.steps, start=after + 1):
-                own = {n: t.double() for n, t in step.ran_on.filled.items()}
-                biases = reference.biases_after(case, model, [*earlier, *later])
-                try:
-                    truth = self._truth(there, model, own, number, setting.seed, biases=biases)
-                    later.append(truth)
-                except _UnsafeRoutingError:
-                    if not any(row.verdict in FAILING for row in rows):
-                        raise
-                    break
+        known = self._truths_of(there, model, weights, resumed, setting, truths[:after])
+        unjudged = len(known) < after + len(resumed.steps)
+        if unjudged and not any(row.verdict in FAILING for row in rows):
+            raise _UnsafeRoutingError
         # the optimizers of the reference need the steps before, whatever layout they ran at
         joined = replace(resumed, steps=[*folded.steps[:after], *resumed.steps])
-        known = [*truths[:after], *later]
         judged = self._rows_of(there, joined, known, setting, model, weights)
         return rows + [row for row in judged if row.step is not None and row.step > after]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from parity import hugging_face
+from parity import batches, case, hugging_face, models, reference
 from parity.case import Model
 
 pytest.importorskip("transformers", reason="transformers is in the extra `models`")
@@ -179,3 +179,25 @@ def test_a_forced_choice_is_also_the_load_balance_losss() -> None:
     lifted = gate._lifted(torch.tensor([[0, 2]]))
     assert lifted.topk(2).indices.sort().values.tolist() == [[0, 2]]
     assert lifted.tolist()[0] == pytest.approx([3.0, 2.0, 2.0], abs=1e-8)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "deepseek_v3"])
+def test_the_shares_of_a_forced_choice_add_up_too(name: str) -> None:
+    """Where the choices are not the gates' own, the shares are those of the same choices."""
+    made = case.make(
+        {"model.name": name, "model.heads": 6, "model.layers": 2, "shape.world": 2},
+        suite="s", file="f",
+    )  # fmt: skip
+    model = models.build_for(made, 0)
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    drawn = batches.make(made, 2, 1, 0)
+    free = reference.evaluate(made, model, weights, drawn)
+    forced = [[[t.clone() for t in layers] for layers in rank] for rank in free.routing]
+    forced[0][0][0][0, 0] = made.model.experts - 1  # the idle one
+    truth = reference.evaluate(made, model, weights, drawn, forced)
+    names = [n for n in weights if n.endswith("gate.weight")]
+    found = reference.shares(made, model, weights, drawn, names, truth.routing)
+    for router in names:
+        total = torch.stack([part[router] for rank in found.main for part in rank]).sum(0)
+        torch.testing.assert_close(total, truth.gradients[router])
+        assert not torch.allclose(total, free.gradients[router])

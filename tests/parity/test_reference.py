@@ -248,26 +248,3 @@ def test_the_shares_of_ranks_and_micro_batches_add_up_to_the_gradient() -> None:
         for loss in reference.AUXILIARY:
             parts += [found.auxiliary["rank", loss][r][m][name] for r in (0, 1) for m in (0, 1)]
         torch.testing.assert_close(torch.stack(parts).sum(0), truth.gradients[name])
-
-
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "deepseek_v3"])
-def test_the_shares_of_a_forced_choice_add_up_too(name: str) -> None:
-    """Where the choices are not the gates' own, the shares are those of the same choices."""
-    pytest.importorskip("transformers", reason="transformers is in the extra `models`")
-    made = case.make(
-        {"model.name": name, "model.heads": 6, "model.layers": 2, "shape.world": 2},
-        suite="s", file="f",
-    )  # fmt: skip
-    model = models.build_for(made, 0)
-    weights = {n: p.detach() for n, p in model.named_parameters()}
-    drawn = batches.make(made, 2, 1, 0)
-    free = reference.evaluate(made, model, weights, drawn)
-    forced = [[[t.clone() for t in layers] for layers in rank] for rank in free.routing]
-    forced[0][0][0][0, 0] = made.model.experts - 1  # the idle one
-    truth = reference.evaluate(made, model, weights, drawn, forced)
-    names = [n for n in weights if n.endswith("gate.weight")]
-    found = reference.shares(made, model, weights, drawn, names, truth.routing)
-    for router in names:
-        total = torch.stack([part[router] for rank in found.main for part in rank]).sum(0)
-        torch.testing.assert_close(total, truth.gradients[router])
-        assert not torch.allclose(total, free.gradients[router])

@@ -73,11 +73,12 @@ def surroundings(runtime: RankRuntime, names: Sequence[str]) -> dict[str, Any]:
 
 
 def cores_of_collectives(runtime: RankRuntime, payload: Any) -> tuple[set[int], int]:
-    """Give the cores of the main thread, and how many threads of this rank keep to the same."""
+    """Give the main thread's cores, and how many threads keep to them and displace no other."""
     dist.barrier()
     own = os.sched_getaffinity(0)
     threads = [int(thread) for thread in os.listdir("/proc/self/task")]
-    return own, sum(os.sched_getaffinity(thread) == own for thread in threads)
+    kept = [thread for thread in threads if os.sched_getaffinity(thread) == own]
+    return own, sum(os.sched_getscheduler(thread) == os.SCHED_BATCH for thread in kept)
 
 
 def wait_for(runtime: RankRuntime, marks: Sequence[str]) -> str:
@@ -325,16 +326,16 @@ def test_gang_stays_warm_between_runs(pool: GangPool) -> None:
 def test_ranks_have_their_environment_and_the_caller_keeps_its_own(pool: GangPool) -> None:
     """One thread, the loopback device, no GPU, the preload's trace; nothing of it leaks out."""
     names = ["OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"]
-    names += ["RANK", "WORLD_SIZE", "PARITY_TEST_PRELOADED"]
+    names += ["RANK", "WORLD_SIZE", "LOCAL_SIZE", "PARITY_TEST_PRELOADED"]
     before = dict(os.environ)
-    expected = dict(zip(names, ["1", "lo", "cpu", "", "1", "2", "yes"], strict=True))
+    expected = dict(zip(names, ["1", "lo", "cpu", "", "1", "2", "2", "yes"], strict=True))
     got = run(pool, 2, surroundings, names)[1]
     assert got == {**expected, "threads": 1, "device": "cpu"}
     assert dict(os.environ) == before
 
 
 def test_ranks_share_the_cores_out(pool: GangPool) -> None:
-    """Every core is some rank's, none of a lone rank's is taken away, Gloo's threads keep to it."""
+    """Every core is some rank's, a lone rank has all; Gloo's threads keep to it, displace none."""
     allowed = os.sched_getaffinity(0)
     answers = run(pool, 4, cores_of_collectives)
     assert set().union(*(cores for cores, _ in answers)) == allowed

@@ -148,7 +148,7 @@ class ParityPlugin:
         self._selectors: tuple[str, ...] = ()
         self._implementations: set[str] = set()
         self._largest_world = 0
-        self._engines: set[str] = set()
+        self._uses: set[str] = set()
         self._started = time.perf_counter()
 
     # collection
@@ -231,10 +231,10 @@ class ParityPlugin:
         """Note the largest world, which the ranks must have room for, and what they run."""
         cases = [item.case for item in session.items if isinstance(item, CaseItem)]
         if cases:
-            from parity.session import processes_of
+            from parity.session import processes_of, uses_of
 
             self._largest_world = max(map(processes_of, cases))
-        self._engines = {case.engine.name for case in cases}
+            self._uses = uses_of(cases)
         self._note(item.nodeid for item in session.items if isinstance(item, CaseItem))
 
     @pytest.hookimpl(optionalhook=True)
@@ -319,7 +319,7 @@ class ParityPlugin:
                 self.selection.device,
                 case,
                 max_live_ranks=ranks,
-                engines=self._engines,
+                uses=self._uses,
             )
             self._judges[implementation] = self._open.enter_context(opened)
         return session.judge_case(self._judges[implementation], case, implementation)

@@ -36,14 +36,12 @@ DEFAULT_IMPLEMENTATION = "fold_impl"
 MAX_LIVE_RANKS = 32
 """Ranks kept at once: gangs of 1, 2, 3, 4, 6 and 8 ranks, which a suite goes to and fro between."""
 RUNS_ON_DEEPSPEED = 12
-"""Runs after which ranks are forked afresh: what DeepSpeed's engines leave behind in a process made
-cases of 2 s take 30 s after forty of them. On GPUs a new process costs its CUDA context."""
+"""Runs after which ranks of DeepSpeed's own folding are forked afresh: each leaves its groups
+behind, and forty of them cost 15 % more. On GPUs a new process costs its CUDA context."""
 CASES_A_JOB = 16
 """Cases on threads that are worth a further process, which imports torch for some seconds."""
 _EXTRAS = {"transformers": "models", "megatron": "megatron"}
 """Package that a case may need -> extra of this project that installs it."""
-PRELOAD = ("torch._dynamo", "parity.trial")
-"""Beside torch: the first torch.optim.Optimizer of a process imports dynamo, 1.4 CPU seconds."""
 
 
 class Judging(Protocol):
@@ -63,9 +61,9 @@ class OpenJudge(Protocol):
         first: Case,
         *,
         max_live_ranks: int,
-        engines: Collection[str] = (),
+        uses: Collection[str] = (),
     ) -> AbstractContextManager[Judging]:
-        """Start the ranks of the first case and give the judge; `engines` of all cases to come."""
+        """Start the ranks of the first case and give the judge; `uses` of all cases to come."""
 
 
 @contextlib.contextmanager
@@ -75,23 +73,17 @@ def open_judge(
     first: Case,
     *,
     max_live_ranks: int = MAX_LIVE_RANKS,
-    engines: Collection[str] = (),
+    uses: Collection[str] = (),
 ) -> Iterator[Judging]:
     """Start the ranks of the first case, give the judge, end every rank at the end."""
     from parity import gang, warm
 
     gpus = visible_gpus() if device == "cuda" else ()
-    on_deepspeed = "deepspeed" in {implementation, first.engine.name, *engines}
-    preload = (*gang.PRELOAD, *PRELOAD, *(warm.DEEPSPEED if on_deepspeed else ()))
-    if implementation == "deepspeed":
-        preload = (*preload, *warm.DEEPSPEED_FOLDING)
-    if implementation == "megatron_core":
-        preload = (*preload, *warm.MEGATRON)
     pool = gang.GangPool(
-        preload,
+        warm.preload(implementation, {*uses_of([first]), *uses}),
         max_live_ranks=max_live_ranks,
         visible_devices=gpus,
-        runs_a_gang=RUNS_ON_DEEPSPEED if on_deepspeed and device == "cpu" else None,
+        runs_a_gang=RUNS_ON_DEEPSPEED if (implementation, device) == ("deepspeed", "cpu") else None,
     )
     try:
         if device == "cpu" and first.engine.backend != "nccl":
@@ -151,11 +143,11 @@ def judged(
     if jobs > 1:
         cases = sorted(cases, key=lambda case: case.engine.backend != "threads")
     ranks = max(MAX_LIVE_RANKS // jobs, *map(processes_of, cases), 1)
-    engines = sorted({case.engine.name for case in cases})
+    uses = uses_of(cases)
     return crew.spread(
         cases,
         jobs,
-        functools.partial(opener, implementation, device, max_live_ranks=ranks, engines=engines),
+        functools.partial(opener, implementation, device, max_live_ranks=ranks, uses=uses),
         functools.partial(judge_case, implementation=implementation),
         functools.partial(_lost, implementation=implementation),
     )
@@ -164,6 +156,11 @@ def judged(
 def _lost(case: Case, how: str, implementation: str) -> Finished:
     row = _error(case, implementation, f"the judge of the case died: {how}", {"kind": "harness"})
     return Finished(case.id, (row,), 0.0, definition_of(case))
+
+
+def uses_of(cases: Iterable[Case]) -> set[str]:
+    """Name the engines and models of the cases, which ranks inherit."""
+    return {name for case in cases for name in (case.engine.name, case.model.name)}
 
 
 def processes_of(case: Case) -> int:

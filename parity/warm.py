@@ -1,8 +1,9 @@
 """What the fork server does to a library once, before it forks ranks that inherit it.
 
-Owns the preparation of DeepSpeed and Megatron-Core. Must not know cases or implementations. Easy to
-get wrong: this runs before any process group exists, so nothing here may ask for a rank; and a
-package that is missing must not keep cases from running that do not need it.
+Owns what ranks of an implementation inherit, and the preparation of DeepSpeed and Megatron-Core.
+Must not know cases. Easy to get wrong: this runs before any process group exists, so nothing here
+may ask for a rank; and a package that is missing or broken must not keep cases from running that do
+not need it: the ranks that do will say so.
 """
 
 from __future__ import annotations
@@ -10,17 +11,33 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import sys
+from collections.abc import Collection
 
-DEEPSPEED = ("parity.warm:deepspeed",)
-"""What `GangPool` preloads besides torch where a case runs on DeepSpeed."""
+from parity.gang import PRELOAD
+
+COMMON = (*PRELOAD, "torch._dynamo", "parity.trial")
+"""The first torch.optim.Optimizer of a process imports dynamo, 1.4 CPU seconds."""
 
 
-DEEPSPEED_FOLDING = ("parity.warm:deepspeed_folding", "parity.warm:hugging_face")
-"""Preloaded, too, where DeepSpeed's own folding is judged."""
+def preload(implementation: str, uses: Collection[str] = ()) -> tuple[str, ...]:
+    """Name what a `GangPool` preloads, in order.
 
+    An implementation of other packages is left to the ranks: what its import starts, a thread say,
+    would not survive the fork.
 
-MEGATRON = ("parity.warm:megatron",)
-"""Preloaded where Megatron-Core is judged."""
+    Args:
+        implementation: its name, as `parity.registry` has it.
+        uses: names of the engines and models of the cases.
+    """
+    names = list(COMMON)
+    if "deepspeed" in {implementation, *uses}:
+        names.append("parity.warm:deepspeed")
+    if not {*uses} <= {"native", "deepspeed", "tiny"}:
+        names.append("parity.warm:hugging_face")
+    if implementation in ("fold_impl", "deepspeed", "megatron_core"):
+        names.append(f"parity.warm:{implementation}_adapter")
+    return tuple(names)
 
 
 def deepspeed() -> None:
@@ -30,37 +47,59 @@ def deepspeed() -> None:
     a CPU its communication backend builds `deepspeed_shm_comm` unless the operator counts as
     incompatible; an empty table also spares the search for a compiler.
     """
-    names = ("moe.layer", "runtime.bf16_optimizer", "runtime.zero.muon.muon_optimizer")
     with contextlib.suppress(ImportError):
         import deepspeed.ops
         from deepspeed.utils import logger
 
-        for name in names:  # not every version has all of them
-            with contextlib.suppress(ImportError):
-                importlib.import_module(f"deepspeed.{name}")
+        _inherit(
+            "deepspeed.moe.layer",
+            "deepspeed.runtime.bf16_optimizer",
+            "deepspeed.runtime.zero.muon.muon_optimizer",
+            "deepspeed.runtime.zero.stage_1_and_2",
+            "deepspeed.module_inject.auto_ep_config",
+        )
         vars(deepspeed.ops)["__compatible_ops__"] = {}
         logger.setLevel(logging.ERROR)
 
 
-def deepspeed_folding() -> None:
-    """Import what DeepSpeed's own folding uses, where it is there."""
-    with contextlib.suppress(ImportError):
-        for name in ("module_inject.auto_ep", "runtime.zero.stage_1_and_2", "runtime.zero.stage3"):
-            importlib.import_module(f"deepspeed.{name}")
-
-
 def hugging_face() -> None:
-    """Import the models that DeepSpeed's own folding is judged on, where transformers is there."""
-    with contextlib.suppress(ImportError):
-        for name in ("mixtral", "qwen3_moe"):
-            importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    """Import the models of Hugging Face that a case may name."""
+    models = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+    _inherit(*(f"transformers.models.{name}.modeling_{name}" for name in models))
 
 
-def megatron() -> None:
-    """Import what the adapter of Megatron-Core uses, where it is there."""
+def fold_impl_adapter() -> None:
+    """Import our own folding, with its engine on DeepSpeed where that has been imported."""
+    _inherit("fold_impl.adapter")
+    if "deepspeed" in sys.modules:
+        _inherit("fold_impl.zero")
+
+
+def deepspeed_adapter() -> None:
+    """Import the adapter of DeepSpeed's own folding and what that uses."""
+    _inherit(
+        "parity.implementations.deepspeed",
+        "deepspeed.module_inject.auto_ep",
+        "deepspeed.runtime.zero.stage3",
+    )
+
+
+def megatron_core_adapter() -> None:
+    """Import the adapter of Megatron-Core and what it uses."""
     import warnings
 
-    with contextlib.suppress(ImportError), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages it would like to have
-        for name in ("models.gpt", "optimizer", "pipeline_parallel.schedules"):
-            importlib.import_module(f"megatron.core.{name}")
+        _inherit(
+            "parity.implementations.megatron_core",
+            "megatron.core.models.gpt",
+            "megatron.core.optimizer",
+            "megatron.core.pipeline_parallel.schedules",
+        )
+
+
+def _inherit(*names: str) -> None:
+    """Import each module that is there in this version and can be imported."""
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)

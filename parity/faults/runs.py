@@ -24,7 +24,7 @@ from parity.faults.catalogue import BY_ID, OWN, Fault
 from parity.faults.detectors import DETECTORS, LEGEND, Seen
 from parity.judge import Judge, Later, Running
 from parity.report import tables
-from parity.session import DEFAULT_IMPLEMENTATION, MAX_LIVE_RANKS, PRELOAD
+from parity.session import DEFAULT_IMPLEMENTATION, MAX_LIVE_RANKS
 from parity.store import Row
 
 SHAPES = 2
@@ -51,7 +51,7 @@ class Ranks:
         if task == "parity.threads:run":  # no start-up, and no process to lose
             return Later(lambda: [threads.run(None, order) for order in payloads])
         if self._gangs is None:
-            preload = (*gang.PRELOAD, *PRELOAD, *warm.DEEPSPEED)
+            preload = warm.preload(DEFAULT_IMPLEMENTATION, {"deepspeed"})
             self._gangs = gang.GangPool(preload, max_live_ranks=MAX_LIVE_RANKS)
         return self._gangs.start(world, task, payloads, deadline_s, backend or "gloo")
 

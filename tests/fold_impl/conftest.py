@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from parity import gang, session, warm
+from parity import gang, warm
 
 
 @pytest.fixture(scope="session")
 def deepspeed_ranks() -> Iterator[gang.GangPool]:
     """Give a pool whose ranks inherit an imported DeepSpeed."""
-    preload = (*gang.PRELOAD, *session.PRELOAD, *warm.DEEPSPEED)
+    preload = warm.preload("fold_impl", {"deepspeed"})
     with gang.GangPool(preload, max_live_ranks=8) as pool:
         yield pool

@@ -82,7 +82,7 @@ class FakeJudge:
         first: Case,
         *,
         max_live_ranks: int,
-        engines: Collection[str] = (),  # noqa: ARG002 - asked for by the protocol
+        uses: Collection[str] = (),  # noqa: ARG002 - asked for by the protocol
     ) -> Iterator[FakeJudge]:
         """Stand in the place of `parity.session.open_judge`."""
         self.opened.append((implementation, device, first.id, max_live_ranks))

@@ -35,8 +35,9 @@ def load(name: str) -> Any:
         return registered()[name].load()
     module, colon, attribute = name.partition(":")
     if not colon:
-        allowed = ", ".join(sorted(registered()))
-        raise UsageError(f"unknown implementation {name!r}; allowed: {allowed}, module:attr")
+        allowed = ", ".join([*sorted(registered()), "module:attr"])
+        cure = "" if registered() else "; foldparity is not installed here: pip install -e ."
+        raise UsageError(f"unknown implementation {name!r}; allowed: {allowed}{cure}")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module is named

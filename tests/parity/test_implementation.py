@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from parity import registry
 from parity.errors import UsageError
 from parity.implementation import (
     OPTIONAL,
@@ -51,6 +52,13 @@ def test_what_cannot_be_found_is_a_usage_error_that_says_why(name: str, words: s
     """Unknown name, module or attribute, or a member missing."""
     with pytest.raises(UsageError, match=words):
         find(name)
+
+
+def test_a_checkout_on_the_path_alone_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names come from the installed package's metadata: without them no name is allowed at all."""
+    monkeypatch.setattr(registry, "registered", dict)
+    with pytest.raises(UsageError, match=r"allowed: module:attr; .* pip install -e"):
+        find("fold_impl")
 
 
 def test_optional_members_are_not_asked_for() -> None:

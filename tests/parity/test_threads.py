@@ -75,7 +75,7 @@ def test_the_first_failing_rank_is_named_and_the_others_released(point: str) -> 
 
 
 CUT_SHORT = """
-import signal, threading, time, torch
+import faulthandler, signal, threading, time, torch
 from torch import distributed as dist
 from tests.worlds import run_ranks
 
@@ -84,6 +84,7 @@ def work(runtime):
     while True:
         dist.all_reduce(torch.ones(1), group=group)
 
+faulthandler.dump_traceback_later(50, exit=True)  # of every thread, where one waits for ever
 threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
 try:
     run_ranks(3, work)
@@ -91,7 +92,7 @@ except KeyboardInterrupt:
     until = time.monotonic() + 5.0
     while threading.active_count() > 1 and time.monotonic() < until:
         time.sleep(0.01)
-    print(threading.active_count(), run_ranks(2, lambda runtime: runtime.rank))
+    print(threading.active_count(), run_ranks(2, lambda runtime: runtime.rank), flush=True)
 """
 
 

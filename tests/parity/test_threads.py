@@ -85,6 +85,7 @@ def work(runtime):
         dist.all_reduce(torch.ones(1), group=group)
 
 faulthandler.dump_traceback_later(50, exit=True)  # of every thread, where one waits for ever
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
 threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
 try:
     run_ranks(3, work)

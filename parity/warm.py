@@ -9,11 +9,12 @@ not need it: the ranks that do will say so.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
-import sys
 from collections.abc import Collection
 
+from parity import registry
 from parity.gang import PRELOAD
 
 COMMON = (*PRELOAD, "torch._dynamo", "parity.trial")
@@ -45,9 +46,10 @@ def deepspeed() -> None:
 
     The Muon module is one that it imports, and compiles kernels of, inside its first reduction. On
     a CPU its communication backend builds `deepspeed_shm_comm` unless the operator counts as
-    incompatible; an empty table also spares the search for a compiler.
+    incompatible; an empty table also spares the search for a compiler. ZeRO-3 counts devices for
+    each bucket it reduces, and on a CPU that starts a process.
     """
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(Exception):
         import deepspeed.ops
         from deepspeed.utils import logger
 
@@ -58,6 +60,9 @@ def deepspeed() -> None:
             "deepspeed.runtime.zero.stage_1_and_2",
             "deepspeed.module_inject.auto_ep_config",
         )
+        numa = importlib.import_module("deepspeed.utils.numa")
+        vars(numa)["get_numa_cores"] = functools.cache(numa.get_numa_cores)
+        numa.get_numa_cores()
         vars(deepspeed.ops)["__compatible_ops__"] = {}
         logger.setLevel(logging.ERROR)
 
@@ -69,19 +74,14 @@ def hugging_face() -> None:
 
 
 def fold_impl_adapter() -> None:
-    """Import our own folding, with its engine on DeepSpeed where that has been imported."""
-    _inherit("fold_impl.adapter")
-    if "deepspeed" in sys.modules:
-        _inherit("fold_impl.zero")
+    """Import our own folding."""
+    _adapter("fold_impl")
 
 
 def deepspeed_adapter() -> None:
     """Import the adapter of DeepSpeed's own folding and what that uses."""
-    _inherit(
-        "parity.implementations.deepspeed",
-        "deepspeed.module_inject.auto_ep",
-        "deepspeed.runtime.zero.stage3",
-    )
+    _adapter("deepspeed")
+    _inherit("deepspeed.module_inject.auto_ep", "deepspeed.runtime.zero.stage3")
 
 
 def megatron_core_adapter() -> None:
@@ -90,16 +90,22 @@ def megatron_core_adapter() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages it would like to have
+        _adapter("megatron_core")
         _inherit(
-            "parity.implementations.megatron_core",
             "megatron.core.models.gpt",
             "megatron.core.optimizer",
             "megatron.core.pipeline_parallel.schedules",
         )
 
 
+def _adapter(name: str) -> None:
+    """Import what an implementation's name stands for, if that can be imported."""
+    with contextlib.suppress(Exception, SystemExit):
+        registry.load(name)
+
+
 def _inherit(*names: str) -> None:
     """Import each module that is there in this version and can be imported."""
     for name in names:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, SystemExit):
             importlib.import_module(name)

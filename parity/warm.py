@@ -19,6 +19,8 @@ from parity.gang import PRELOAD
 
 COMMON = (*PRELOAD, "torch._dynamo", "parity.trial")
 """The first torch.optim.Optimizer of a process imports dynamo, 1.4 CPU seconds."""
+MODELS = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+"""Models of Hugging Face that a case may name, by the names of their modules."""
 
 
 def preload(implementation: str, uses: Collection[str] = ()) -> tuple[str, ...]:
@@ -34,7 +36,7 @@ def preload(implementation: str, uses: Collection[str] = ()) -> tuple[str, ...]:
     names = list(COMMON)
     if "deepspeed" in {implementation, *uses}:
         names.append("parity.warm:deepspeed")
-    if not {*uses} <= {"native", "deepspeed", "tiny"}:
+    if {*uses} & {*MODELS}:
         names.append("parity.warm:hugging_face")
     if implementation in ("fold_impl", "deepspeed", "megatron_core"):
         names.append(f"parity.warm:{implementation}_adapter")
@@ -60,17 +62,16 @@ def deepspeed() -> None:
             "deepspeed.runtime.zero.stage_1_and_2",
             "deepspeed.module_inject.auto_ep_config",
         )
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        logger.setLevel(logging.ERROR)
         numa = importlib.import_module("deepspeed.utils.numa")
         vars(numa)["get_numa_cores"] = functools.cache(numa.get_numa_cores)
         numa.get_numa_cores()
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
-        logger.setLevel(logging.ERROR)
 
 
 def hugging_face() -> None:
     """Import the models of Hugging Face that a case may name."""
-    models = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3")
-    _inherit(*(f"transformers.models.{name}.modeling_{name}" for name in models))
+    _inherit(*(f"transformers.models.{name}.modeling_{name}" for name in MODELS))
 
 
 def fold_impl_adapter() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from parity import warm
+from parity.case import Model
 from parity.gang import GangPool
 from parity.rank import RankRuntime
 
@@ -46,6 +48,11 @@ def test_preload_is_what_the_cases_use(
     assert list(names[len(warm.COMMON) :]) == expected
     for name in expected:
         assert callable(getattr(warm, name.partition(":")[2]))
+
+
+def test_every_model_a_case_may_name_is_inherited() -> None:
+    """The tiny one needs nothing beside torch."""
+    assert {"tiny", *warm.MODELS} == {*get_args(Model.model_fields["name"].annotation)}
 
 
 def test_a_broken_module_is_left_to_the_ranks(

@@ -213,7 +213,7 @@ def main() -> None:
     "--jobs", type=click.IntRange(min=1), metavar="N",
     help="Cases judged at once; default: one, and one a core where ranks are threads.",
 )  # fmt: skip
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("--quiet", is_flag=True, help="No progress, nor remarks, on stderr.")
 @click.pass_context
 def run(
     ctx: click.Context, /, selectors: tuple[str, ...], suite: str | None, folder: Path | None,
@@ -260,7 +260,7 @@ def run(
     )
     code = recorder.exit_code(fail_on)
     print_run(recorder.rows, recorder.selection, directory, style, code, recorder.known)
-    if stolen := recorder.host.note():
+    if not quiet and (stolen := recorder.host.note()):
         click.echo(f"parity: {stolen} during this run: times and deadlines mean little", err=True)
     ctx.exit(INTERRUPTED if state == "interrupted" else code)
 

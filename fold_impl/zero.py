@@ -15,6 +15,7 @@ from typing import Any, cast
 import deepspeed
 import torch
 from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -94,6 +95,10 @@ def build_zero_engine(
 
     Collective: every rank of the world, with the same arguments but its own parts.
     """
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # it asks for oneDNN's float16 (AVX-512 FP16), where torch's own kernels run on any CPU
+        accelerator.is_fp16_supported = lambda: True
     if not comm.is_initialized():
         if dist.get_backend() == "gloo":
             # ranks race for compiling an operator that Gloo does without, and the losers fail
